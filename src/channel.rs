@@ -1,0 +1,336 @@
+//! The channel between the two processes: frames and fds over a Unix stream socket, never blocking the engine.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags};
+use sendfd::SendWithFd;
+
+use crate::protocol::{FD_BYTE, FDS_PER_MESSAGE, HEADER_BYTES, Header, Malformed, Message, Offer};
+use crate::sys;
+
+pub(crate) struct Channel {
+    stream: UnixStream,
+    incoming: Vec<u8>,
+    outgoing: VecDeque<Outgoing>,
+}
+
+enum Outgoing {
+    Bytes { bytes: Vec<u8>, sent: usize },
+    Fds(Vec<Arc<OwnedFd>>),
+}
+
+/// What a look at the channel found.
+#[derive(Debug)]
+pub(crate) enum Received {
+    Message(Message),
+    /// Nothing more for now.
+    Nothing,
+    /// The other side has closed it, between two frames or within one.
+    End,
+}
+
+/// Why nothing can come over the channel any more. The text completes "the new process …" or "the old process …".
+#[derive(Debug)]
+pub(crate) enum Broken {
+    Malformed(Malformed),
+    Io(io::Error),
+}
+
+impl std::fmt::Display for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Malformed(malformed) => write!(f, "sent {malformed}"),
+            Self::Io(error) => write!(f, "cannot be talked to: {error}"),
+        }
+    }
+}
+
+impl From<Malformed> for Broken {
+    fn from(malformed: Malformed) -> Self {
+        Self::Malformed(malformed)
+    }
+}
+
+impl From<io::Error> for Broken {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl Channel {
+    pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self { stream, incoming: Vec::new(), outgoing: VecDeque::new() })
+    }
+
+    /// Queues a frame and sends what the socket takes; [`flush`](Self::flush) sends the rest.
+    pub(crate) fn send(&mut self, message: Message, fds: Vec<Arc<OwnedFd>>) -> Result<(), Broken> {
+        let bytes = message.encode().map_err(|malformed| io::Error::other(malformed.0))?;
+        self.outgoing.push_back(Outgoing::Bytes { bytes, sent: 0 });
+        self.outgoing.extend(fds.chunks(FDS_PER_MESSAGE).map(|fds| Outgoing::Fds(fds.to_vec())));
+        Ok(self.flush()?)
+    }
+
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        while let Some(next) = self.outgoing.front_mut() {
+            let result = match next {
+                Outgoing::Bytes { bytes, sent } => {
+                    self.stream.write(bytes.get(*sent..).unwrap_or_default()).map(|count| {
+                        *sent += count;
+                        *sent == bytes.len()
+                    })
+                }
+                Outgoing::Fds(fds) => {
+                    let numbers: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+                    self.stream.send_with_fd(&[FD_BYTE], &numbers).map(|count| count == 1)
+                }
+            };
+            match result {
+                Ok(true) => drop(self.outgoing.pop_front()),
+                Ok(false) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => {
+                    return Err(io::Error::other(
+                        "too many fds in flight for this user (raise `ulimit -n` or LimitNOFILE=)",
+                    ));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// What `poll` should look for.
+    pub(crate) fn interest(&self) -> PollFlags {
+        match self.outgoing.is_empty() {
+            true => PollFlags::POLLIN,
+            false => PollFlags::POLLIN | PollFlags::POLLOUT,
+        }
+    }
+
+    /// The next frame, which must be one without fds. Plain reads: fds that a peer attaches are closed by the kernel.
+    pub(crate) fn receive(&mut self) -> Result<Received, Broken> {
+        loop {
+            if let Some(message) = self.take_frame()? {
+                return Ok(Received::Message(message));
+            }
+            let mut buffer = [0; 8192];
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Ok(Received::End),
+                Ok(count) => self.incoming.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // A peer that dies with our bytes unread resets the connection: its end all the same.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Received::End),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn take_frame(&mut self) -> Result<Option<Message>, Malformed> {
+        let Some((header, rest)) = self.incoming.split_first_chunk::<HEADER_BYTES>() else { return Ok(None) };
+        let header = Header::decode(*header)?;
+        if header.fds != 0 {
+            return Err(Malformed(format!("a frame of kind {} with {} fds", header.kind, header.fds)));
+        }
+        let Some(body) = rest.get(..header.body_bytes) else { return Ok(None) };
+        let message = Message::decode(header, body)?;
+        self.incoming.drain(..HEADER_BYTES + header.body_bytes);
+        Ok(Some(message))
+    }
+
+    /// The offer and its fds, waiting until `deadline`. `None`: the other side has closed the channel before all of it
+    /// was there.
+    pub(crate) fn receive_offer(&mut self, deadline: Instant) -> Result<Option<(Offer, Vec<OwnedFd>)>, Broken> {
+        let mut header = [0; HEADER_BYTES];
+        if !self.read_exact(&mut header, deadline)? {
+            return Ok(None);
+        }
+        let header = Header::decode(header)?;
+        let mut body = vec![0; header.body_bytes];
+        if !self.read_exact(&mut body, deadline)? {
+            return Ok(None);
+        }
+        let message = Message::decode(header, &body)?;
+        let offer = match message {
+            Message::Offer(offer) => offer,
+            Message::Aborted { reason } => return Err(Malformed(format!("`aborted`: {reason}")).into()),
+            other => return Err(Malformed(format!("`{}` instead of an offer", other.name())).into()),
+        };
+        Ok(self.receive_fds(offer.fd_count(), deadline)?.map(|fds| (offer, fds)))
+    }
+
+    fn receive_fds(&mut self, count: usize, deadline: Instant) -> Result<Option<Vec<OwnedFd>>, Broken> {
+        let mut fds = Vec::with_capacity(count);
+        if count > FDS_PER_MESSAGE {
+            grow_fd_table(self.stream.as_fd(), count);
+        }
+        while fds.len() < count {
+            self.wait_readable(deadline)?;
+            let received = match sys::receive_fds(self.stream.as_fd()) {
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => continue,
+                received => received?,
+            };
+            let expected = (count - fds.len()).min(FDS_PER_MESSAGE);
+            match received.payload {
+                None => return Ok(None),
+                _ if received.truncated => {
+                    return Err(io::Error::other(format!(
+                        "only {} of {count} fds fit (raise `ulimit -n` or LimitNOFILE=)",
+                        fds.len() + received.fds.len()
+                    ))
+                    .into());
+                }
+                Some(FD_BYTE) if received.fds.len() == expected => fds.extend(received.fds),
+                Some(_) => {
+                    let got = received.fds.len();
+                    return Err(Malformed(format!("{got} fds in a message instead of {expected}")).into());
+                }
+            }
+        }
+        Ok(Some(fds))
+    }
+
+    fn read_exact(&mut self, buffer: &mut [u8], deadline: Instant) -> io::Result<bool> {
+        let mut filled = 0;
+        while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            match self.stream.read(rest) {
+                Ok(0) => return Ok(false),
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait_readable(deadline)?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    fn wait_readable(&self, deadline: Instant) -> io::Result<()> {
+        crate::poll::wait(self.stream.as_fd(), PollFlags::POLLIN, Some(deadline))?
+            .then_some(())
+            .ok_or_else(|| io::Error::new(io::ErrorKind::TimedOut, "it was silent for too long"))
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// Grows the fd table in one step. In a process with threads every doubling waits for an RCU grace period, which for
+/// ten thousand fds adds up to 75 ms instead of 3. Failing here costs only that time.
+fn grow_fd_table(any: BorrowedFd<'_>, count: usize) {
+    let highest = i32::try_from(count).unwrap_or(i32::MAX).saturating_add(any.as_raw_fd());
+    drop(sys::dup_at_least(any, highest));
+}
+
+/// An fd to poll, for lists of them.
+pub(crate) fn poll_fd<'a>(fd: &'a impl AsFd, flags: PollFlags) -> PollFd<'a> {
+    PollFd::new(fd.as_fd(), flags)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Kind, OfferedListener, VERSIONS};
+    use std::time::Duration;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(5)
+    }
+
+    fn offer(count: usize) -> Offer {
+        let listener = |index| OfferedListener {
+            name: format!("listener-{index}"),
+            kind: Kind::Tcp,
+            address: "127.0.0.1:1".into(),
+            cookie: index as u64,
+            path: None,
+            backlog: None,
+            activated: false,
+        };
+        Offer {
+            protocol: VERSIONS,
+            generation: 2,
+            pid: 1,
+            listeners: (0..count).map(listener).collect(),
+            state: None,
+            stderr: false,
+            draining: vec![],
+            ready_timeout_ms: 1,
+            trial_ms: 1,
+        }
+    }
+
+    /// More bytes and messages than the socket's buffer holds, so that sending must go on later.
+    #[test]
+    fn an_offer_larger_than_the_socket_buffer_crosses() {
+        let count = 700;
+        let (a, b) = UnixStream::pair().unwrap();
+        socket2::SockRef::from(&a).set_send_buffer_size(4096).unwrap();
+        let (mut old, mut new) = (Channel::new(a).unwrap(), Channel::new(b).unwrap());
+        let fd = Arc::new(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
+        old.send(Message::Offer(offer(count)), vec![fd; count]).unwrap();
+        assert!(old.interest().contains(PollFlags::POLLOUT));
+        let receiver = std::thread::spawn(move || new.receive_offer(soon()).unwrap().unwrap());
+        while old.interest().contains(PollFlags::POLLOUT) {
+            assert!(crate::poll::wait(old.as_fd(), PollFlags::POLLOUT, Some(soon())).unwrap());
+            old.flush().unwrap();
+        }
+        let (received, fds) = receiver.join().unwrap();
+        assert_eq!(received, offer(count));
+        assert_eq!(fds.len(), count);
+    }
+
+    #[test]
+    fn an_offer_cut_short_is_an_end_and_not_an_error() {
+        let bytes = Message::Offer(offer(3)).encode().unwrap();
+        for length in [0, 5, HEADER_BYTES, bytes.len() - 1, bytes.len()] {
+            let (mut a, b) = UnixStream::pair().unwrap();
+            a.write_all(&bytes[..length]).unwrap();
+            drop(a);
+            assert!(Channel::new(b).unwrap().receive_offer(soon()).unwrap().is_none(), "{length}");
+        }
+    }
+
+    #[test]
+    fn wrong_counts_of_fds_are_refused() {
+        for (sent, complaint) in [(2, "2 fds in a message instead of 3"), (4, "4 fds in a message instead of 3")] {
+            let (mut a, b) = UnixStream::pair().unwrap();
+            a.write_all(&Message::Offer(offer(3)).encode().unwrap()).unwrap();
+            a.send_with_fd(&[FD_BYTE], &vec![a.as_raw_fd(); sent]).unwrap();
+            let broken = Channel::new(b).unwrap().receive_offer(soon()).unwrap_err();
+            assert!(broken.to_string().contains(complaint), "{broken}");
+        }
+    }
+
+    #[test]
+    fn silence_ends_at_the_deadline() {
+        let (_a, b) = UnixStream::pair().unwrap();
+        let broken = Channel::new(b).unwrap().receive_offer(Instant::now()).unwrap_err();
+        assert!(matches!(broken, Broken::Io(error) if error.kind() == io::ErrorKind::TimedOut));
+    }
+
+    #[test]
+    fn several_frames_in_one_read_and_one_in_several() {
+        let (mut a, b) = UnixStream::pair().unwrap();
+        let mut channel = Channel::new(b).unwrap();
+        let commit = Message::Commit.encode().unwrap();
+        let both = [&commit[..], &Message::Settled.encode().unwrap()].concat();
+        a.write_all(&both[..commit.len() + 3]).unwrap();
+        assert!(matches!(channel.receive(), Ok(Received::Message(Message::Commit))));
+        assert!(matches!(channel.receive(), Ok(Received::Nothing)));
+        a.write_all(&both[commit.len() + 3..]).unwrap();
+        assert!(matches!(channel.receive(), Ok(Received::Message(Message::Settled))));
+        drop(a);
+        assert!(matches!(channel.receive(), Ok(Received::End)));
+    }
+}

@@ -1,0 +1,311 @@
+//! The asking side of the control socket.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::Pid;
+
+use super::ANSWER_BYTES_MAX;
+use super::find::{Target, service_of};
+use super::messages::{
+    AcceptedEvent, Event, Outcome, Request, ResultEvent, StageEvent, StageName, State, Status, UpgradeRequest, Wait,
+};
+use crate::error::{Error, ErrorKind};
+use crate::sys;
+
+/// A process that says nothing for this long, not even that it is alive, is stopped or hangs.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// How long an old process that has drained may take to exit.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Asks one process, over its control socket.
+///
+/// ```no_run
+/// use handover::control::{Client, Target, UpgradeRequest};
+///
+/// let client = Client::connect(&Target::Pid(4711))?;
+/// let result = client.upgrade(&UpgradeRequest::default(), |answer| println!("{answer:?}"))?;
+/// println!("{}", result.message);
+/// # Ok::<(), handover::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Client {
+    stream: BufReader<UnixStream>,
+    target: Target,
+    pid: Pid,
+    /// Of the process that answers: its end is seen even if its pid is reused.
+    process: Option<OwnedFd>,
+}
+
+/// What a process says while an upgrade or a stop is under way.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Answer {
+    /// The request is taken.
+    Accepted(AcceptedEvent),
+    /// A stage has been reached.
+    Stage(StageEvent),
+}
+
+impl Client {
+    /// Connects, and makes sure that the process that answers is the one that was meant.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotRunning`] if there is no such process, if it does not use handover or if nothing answers at the
+    /// path; [`ErrorKind::NotPermitted`] if the system does not let this user look or connect.
+    pub fn connect(target: &Target) -> Result<Self, Error> {
+        let (path, wanted) = match target {
+            Target::Pid(pid) => (service_of(*pid)?.socket, Some(Pid::from_raw(*pid))),
+            Target::Socket(path) => (path.clone(), None),
+        };
+        let failed = |error: io::Error| {
+            let gone = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+            let failure = Error::io(format!("connect to the control socket {}", path.display()), error);
+            match gone {
+                true => failure.with_kind(ErrorKind::NotRunning).mend("the process is gone; `handover ps` lists those that run"),
+                false => failure.mend("ask as root, or as the user that the process runs as"),
+            }
+        };
+        let stream = connect_to(&path).map_err(failed)?;
+        stream.set_read_timeout(Some(SILENCE_MAX)).map_err(failed)?;
+        stream.set_write_timeout(Some(SILENCE_MAX)).map_err(failed)?;
+        let peer = getsockopt(&stream, PeerCredentials).map_err(|error| failed(error.into()))?;
+        let pid = Pid::from_raw(peer.pid());
+        if wanted.is_some_and(|wanted| wanted != pid) {
+            let cause = format!("process {pid} answers there");
+            let error = Error::new(ErrorKind::NotRunning, format!("ask {target}"), cause);
+            return Err(error.mend("the pid was reused, or somebody took its place; nothing was asked"));
+        }
+        let process = sys::pidfd_of_peer(stream.as_fd(), pid).ok();
+        Ok(Self { stream: BufReader::new(stream), target: target.clone(), pid, process })
+    }
+
+    /// The process that answers, as this process sees it.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw()
+    }
+
+    /// What the process is doing.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer, or will not answer this user.
+    pub fn status(mut self) -> Result<Status, Error> {
+        self.say(&Request::Status)?;
+        match self.hear()? {
+            Some(Event::Status(status)) => Ok(*status),
+            Some(Event::Result(result)) => Err(self.refused("ask for the status of", &result)),
+            Some(_) => Err(self.failed("ask for the status of", "it gave another answer than asked for")),
+            None => Err(self.failed("ask for the status of", "it closed the connection without an answer")),
+        }
+    }
+
+    /// Replaces the process by its new build; `on_answer` is told of each stage as it is reached.
+    ///
+    /// Every end that the process itself reports is an `Ok`, also a failed upgrade: look at [`ResultEvent::result`].
+    /// With [`Wait::Drained`] this returns when the old process is gone.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NothingServes`] if the old process died in the middle and no new one serves in its place;
+    /// [`ErrorKind::Failed`] if it does not answer any more.
+    pub fn upgrade(
+        mut self,
+        request: &UpgradeRequest,
+        mut on_answer: impl FnMut(&Answer),
+    ) -> Result<ResultEvent, Error> {
+        self.say(&Request::Upgrade(request.clone()))?;
+        let mut new_pid = None;
+        let mut drains = false;
+        let mut note = |answer: &Answer| {
+            if let Answer::Stage(stage) = answer {
+                new_pid = stage.pid.or(new_pid);
+                drains |= stage.stage == StageName::Draining;
+            }
+            on_answer(answer);
+        };
+        let result = match self.follow(&mut note)? {
+            Some(result) => result,
+            None => return self.after_its_death(new_pid, drains),
+        };
+        if request.wait == Some(Wait::Drained) && matches!(result.result, Outcome::Upgraded | Outcome::Cut) {
+            self.wait_for_exit();
+        }
+        Ok(result)
+    }
+
+    /// Drains the process and returns when it is gone.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer any more, or will not answer this user.
+    pub fn stop(
+        mut self,
+        drain_timeout: Option<Duration>,
+        mut on_answer: impl FnMut(&Answer),
+    ) -> Result<ResultEvent, Error> {
+        let drain_timeout_ms = drain_timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
+        self.say(&Request::Stop { drain_timeout_ms })?;
+        let result = match self.follow(&mut on_answer)? {
+            Some(result) => result,
+            // It was to end, and it has ended.
+            None => ResultEvent::new(Outcome::Stopped, format!("process {} ended before it said how", self.pid)),
+        };
+        if matches!(result.result, Outcome::Stopped | Outcome::Cut) {
+            self.wait_for_exit();
+        }
+        Ok(result)
+    }
+
+    /// Passes on what is said until the result. `None`: the process died first.
+    fn follow(&mut self, on_answer: &mut dyn FnMut(&Answer)) -> Result<Option<ResultEvent>, Error> {
+        loop {
+            match self.hear()? {
+                Some(Event::Accepted(accepted)) => on_answer(&Answer::Accepted(accepted)),
+                Some(Event::Stage(stage)) => on_answer(&Answer::Stage(stage)),
+                Some(Event::Alive) => {}
+                Some(Event::Result(result)) => return Ok(Some(result)),
+                Some(Event::Status(_)) => return Err(self.failed("ask", "it gave another answer than asked for")),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The old process ended without a last word. The truth is with the new one, if there is one: it takes over as soon
+    /// as it is ready.
+    fn after_its_death(&self, new_pid: Option<i32>, drains: bool) -> Result<ResultEvent, Error> {
+        let old = self.pid;
+        let nothing = |cause: String| {
+            let error = Error::new(ErrorKind::NothingServes, format!("upgrade {}", self.target), cause);
+            Err(error.mend("start the service again"))
+        };
+        let Some(new) = new_pid else {
+            return nothing(format!("process {old} died, and no new process had been started"));
+        };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let status = Client::connect(&Target::Pid(new)).and_then(Client::status);
+            match status {
+                Ok(status) if matches!(status.state, State::Serving | State::Upgrading) => {
+                    let how = if drains { "while it drained" } else { "in the middle of the upgrade" };
+                    let message = format!("process {old} died {how}; process {new} has taken over");
+                    let (pid, generation) = (Some(new), Some(status.generation));
+                    return Ok(ResultEvent { pid, generation, ..ResultEvent::new(Outcome::Upgraded, message) });
+                }
+                Ok(status) if matches!(status.state, State::Draining | State::Drained | State::Refused) => {
+                    return nothing(format!("process {old} died, and process {new} is {}", status.state));
+                }
+                Err(_) if sys::pidfd_open(Pid::from_raw(new)).is_err() => {
+                    return nothing(format!("process {old} died, and so did the new process {new}"));
+                }
+                _ if Instant::now() > deadline => {
+                    return nothing(format!("process {old} died, and process {new} is not ready after a minute"));
+                }
+                // It has no control socket yet, or its application still starts up.
+                _ => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+
+    fn wait_for_exit(&self) {
+        if let Some(process) = &self.process {
+            let deadline = Some(Instant::now() + EXIT_TIMEOUT);
+            let _ = crate::poll::wait(process.as_fd(), PollFlags::POLLIN, deadline);
+        }
+    }
+
+    /// Asks for the handover itself; the connection becomes the channel.
+    pub(crate) fn take_over(mut self) -> Result<(UnixStream, AcceptedEvent), Error> {
+        self.say(&Request::TakeOver)?;
+        // Byte by byte: what follows the line carries fds, which a buffered read would lose.
+        let mut line = Vec::new();
+        let stream = self.stream.get_mut();
+        loop {
+            let mut byte = [0];
+            match stream.read(&mut byte) {
+                Ok(1) if byte == *b"\n" => break,
+                Ok(1) if line.len() < 64 << 10 => line.push(byte[0]),
+                Ok(_) => return Err(self.failed("take over from", "it closed the connection without an answer")),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Error::io(format!("take over from {}", self.target), error)),
+            }
+        }
+        match serde_json::from_slice(&line) {
+            Ok(Event::Accepted(accepted)) => Ok((self.stream.into_inner(), accepted)),
+            Ok(Event::Result(result)) => Err(self.refused("take over from", &result)),
+            _ => Err(self.failed("take over from", "it gave another answer than asked for")),
+        }
+    }
+
+    fn say(&mut self, request: &Request) -> Result<(), Error> {
+        let mut line = serde_json::to_vec(request).map_err(|error| self.failed("ask", &error.to_string()))?;
+        line.push(b'\n');
+        let sent = self.stream.get_mut().write_all(&line);
+        match sent {
+            Ok(()) => Ok(()),
+            // It may have refused us before reading; its answer is still there to be heard.
+            Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
+            Err(error) => Err(Error::io(format!("ask {}", self.target), error)),
+        }
+    }
+
+    fn hear(&mut self) -> Result<Option<Event>, Error> {
+        let mut line = Vec::new();
+        match (&mut self.stream).take(ANSWER_BYTES_MAX as u64 + 1).read_until(b'\n', &mut line) {
+            Ok(0) => return Ok(None),
+            Ok(_) if line.last() != Some(&b'\n') => return Ok(None),
+            Ok(_) => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                return Err(self.silent());
+            }
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+            Err(error) => return Err(Error::io(format!("hear {}", self.target), error)),
+        }
+        let event = serde_json::from_slice(&line);
+        event.map(Some).map_err(|error| self.failed("understand", &format!("it answered {error}")))
+    }
+
+    fn silent(&self) -> Error {
+        let state = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let stopped = state.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']));
+        let cause = format!("it has said nothing for {} s", SILENCE_MAX.as_secs());
+        match stopped {
+            true => self.failed("ask", &format!("{cause}: it is stopped")).mend("`kill -CONT` lets it go on"),
+            false => self.failed("ask", &cause).mend("what happened to the upgrade is unknown: ask `handover status`"),
+        }
+    }
+
+    fn failed(&self, verb: &str, cause: &str) -> Error {
+        Error::new(ErrorKind::Failed, format!("{verb} {}", self.target), cause)
+    }
+
+    fn refused(&self, verb: &str, result: &ResultEvent) -> Error {
+        let kind = match result.result {
+            Outcome::Busy => ErrorKind::Busy,
+            Outcome::NotPermitted => ErrorKind::NotPermitted,
+            Outcome::BadRequest => ErrorKind::Invalid,
+            _ => ErrorKind::Failed,
+        };
+        Error::new(kind, format!("{verb} {}", self.target), result.message.clone())
+    }
+}
+
+/// Connects through the directory's fd: what `/proc/PID/root` puts before a path may make it too long for a socket
+/// address.
+fn connect_to(path: &Path) -> io::Result<UnixStream> {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::Error::from(io::ErrorKind::NotFound));
+    };
+    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+    let directory = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(directory)?;
+    UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name))
+}

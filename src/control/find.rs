@@ -1,0 +1,158 @@
+//! Finding the control socket of a process: the one that it really listens on, whatever its directory, mount namespace
+//! or user.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind};
+
+/// A process that is to be asked.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Target {
+    /// By its pid, as this process sees it.
+    Pid(i32),
+    /// By the path of its control socket.
+    Socket(PathBuf),
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Pid(pid) => write!(f, "process {pid}"),
+            Self::Socket(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// A process with a control socket.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Service {
+    /// The process, as this process sees it.
+    pub pid: i32,
+    /// Its control socket, as a path that this process can use.
+    pub socket: PathBuf,
+}
+
+/// Every process of this machine with a control socket that this user can see.
+#[must_use]
+pub fn services() -> Vec<Service> {
+    let Ok(processes) = fs::read_dir("/proc") else { return vec![] };
+    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let mut found: Vec<Service> = pids.filter_map(|pid| find(pid).ok().flatten()).collect();
+    found.sort_by_key(|service| service.pid);
+    found
+}
+
+/// The control socket of `pid`.
+pub(super) fn service_of(pid: i32) -> Result<Service, Error> {
+    let tried = || format!("find the control socket of process {pid}");
+    let missing = |cause: &str, mend: &str| Err(Error::new(ErrorKind::NotRunning, tried(), cause).mend(mend));
+    match find(pid) {
+        Ok(Some(service)) => Ok(service),
+        Ok(None) if is_zombie(pid) => missing("it has exited already (a zombie)", "its parent has not reaped it"),
+        Ok(None) => {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let cause = format!("it runs (`{}`), and is no handover process", name.trim());
+            missing(&cause, "`handover ps` lists those that are; a pid file may be out of date")
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            missing("there is no such process", "`handover ps` lists those that can be upgraded; a pid file may be out of date")
+        }
+        Err(error) => Err(Error::io(tried(), error).mend("ask as root, or as the user that the process runs as")),
+    }
+}
+
+fn find(pid: i32) -> io::Result<Option<Service>> {
+    let proc = PathBuf::from(format!("/proc/{pid}"));
+    let own_pid = innermost_pid(&fs::read_to_string(proc.join("status"))?).unwrap_or(pid);
+    let suffix = format!("/{own_pid}.sock");
+    let table = fs::read(proc.join("net/unix")).or_else(|error| match error.raw_os_error() {
+        // A zombie has no network namespace any more.
+        Some(libc::EINVAL) => Ok(vec![]),
+        _ => Err(error),
+    })?;
+    let candidates: Vec<(u64, &[u8])> = listening_paths(&table).filter(|(_, path)| path.ends_with(suffix.as_bytes())).collect();
+    if candidates.is_empty() {
+        return Ok(None);
+    }
+    let held = socket_inodes(&proc.join("fd"))?;
+    let path = candidates.iter().find(|(inode, _)| held.contains(inode)).map(|(_, path)| *path);
+    Ok(path.map(|path| {
+        let inside = Path::new(std::ffi::OsStr::from_bytes(path));
+        let relative = inside.strip_prefix("/").unwrap_or(inside);
+        Service { pid, socket: proc.join("root").join(relative) }
+    }))
+}
+
+fn is_zombie(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z'))
+}
+
+/// The pid that a process has in its own namespace: the last field of `NSpid`.
+fn innermost_pid(status: &str) -> Option<i32> {
+    let line = status.lines().find(|line| line.starts_with("NSpid:"))?;
+    line.split_ascii_whitespace().next_back()?.parse().ok()
+}
+
+/// Inode and path of the listening stream sockets in a table like `/proc/net/unix`.
+fn listening_paths(table: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
+    const SO_ACCEPTCON: u32 = 1 << 16;
+    table.split(|byte| *byte == b'\n').filter_map(|line| {
+        // Num RefCount Protocol Flags Type St Inode Path; the path may contain spaces.
+        let mut rest = line;
+        let mut fields = [&b""[..]; 7];
+        for field in &mut fields {
+            let start = rest.iter().position(|byte| *byte != b' ')?;
+            let length = rest.get(start..)?.iter().position(|byte| *byte == b' ')?;
+            *field = rest.get(start..start + length)?;
+            rest = rest.get(start + length..)?;
+        }
+        let text = |field: &[u8]| std::str::from_utf8(field).ok().map(str::to_owned);
+        let flags = u32::from_str_radix(&text(fields[3])?, 16).ok()?;
+        let inode = text(fields[6])?.parse().ok()?;
+        let path = rest.get(1..)?;
+        (flags & SO_ACCEPTCON != 0 && path.starts_with(b"/")).then_some((inode, path))
+    })
+}
+
+fn socket_inodes(directory: &Path) -> io::Result<HashSet<u64>> {
+    let links = fs::read_dir(directory)?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+    let inode = |link: PathBuf| link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok();
+    Ok(links.filter_map(inode).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_unix_sockets_is_read_with_its_odd_paths() {
+        let table = b"Num       RefCount Protocol Flags    Type St Inode Path\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 24680 /run/my app/12.sock\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03  1357 /run/connected/12.sock\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 11111 @abstract/12.sock\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 99999\n";
+        let found: Vec<_> = listening_paths(table).collect();
+        assert_eq!(found, [(24680, &b"/run/my app/12.sock"[..])]);
+    }
+
+    #[test]
+    fn the_innermost_pid_is_the_last() {
+        assert_eq!(innermost_pid("Name:\tx\nNSpid:\t4711\t12\t1\n"), Some(1));
+        assert_eq!(innermost_pid("Name:\tx\n"), None);
+    }
+
+    #[test]
+    fn a_process_that_is_none_of_ours_says_so() {
+        let error = service_of(1).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotRunning, "{error}");
+        let error = service_of(i32::MAX).unwrap_err();
+        assert!(error.to_string().contains("no such process"), "{error}");
+    }
+}

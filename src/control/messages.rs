@@ -1,0 +1,392 @@
+//! Requests and answers, one line of JSON each. `docs/protocol.md`, section 6, is the specification.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::protocol::{Claims, DrainingGeneration, Kind};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub(crate) enum Request {
+    Status,
+    Upgrade(UpgradeRequest),
+    Stop {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        drain_timeout_ms: Option<u64>,
+    },
+    TakeOver,
+}
+
+/// How long an asker wants to be told about an upgrade.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Wait {
+    /// Until the new process accepts. It may still be rolled back.
+    Ready,
+    /// Until the trial is over.
+    #[default]
+    Healthy,
+    /// Until the old process has no connection left.
+    Drained,
+}
+
+/// What may differ in one upgrade from what the process was configured with. `default()` changes nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UpgradeRequest {
+    /// The program to start, absolute or relative to the working directory of the running process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exe: Option<PathBuf>,
+    /// Its arguments, without argv\[0\].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub args: Option<Vec<String>>,
+    /// Variables set beside those of the running process.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Its working directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<PathBuf>,
+    /// When the last answer comes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wait: Option<Wait>,
+    /// How long the new process may be silent before it is ready, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready_timeout_ms: Option<u64>,
+    /// How long after commit the death of the new process makes the old one accept again, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trial_ms: Option<u64>,
+    /// How long open connections may take to finish, in milliseconds; 0 for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain_timeout_ms: Option<u64>,
+}
+
+impl UpgradeRequest {
+    pub(crate) fn ready_timeout(&self) -> Option<Duration> {
+        self.ready_timeout_ms.map(Duration::from_millis)
+    }
+
+    pub(crate) fn trial(&self) -> Option<Duration> {
+        self.trial_ms.map(Duration::from_millis)
+    }
+
+    pub(crate) fn drain_timeout(&self) -> Option<Duration> {
+        self.drain_timeout_ms.map(Duration::from_millis)
+    }
+
+    pub(crate) fn arguments(&self) -> Option<Vec<OsString>> {
+        self.args.as_ref().map(|arguments| arguments.iter().map(OsString::from).collect())
+    }
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub(crate) enum Event {
+    Accepted(AcceptedEvent),
+    Stage(StageEvent),
+    Alive,
+    Result(ResultEvent),
+    Status(Box<Status>),
+}
+
+/// Who answers a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct AcceptedEvent {
+    /// The process, in its own pid namespace.
+    pub pid: i32,
+    /// Its generation.
+    pub generation: u64,
+}
+
+/// The stages that an asker is told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum StageName {
+    /// The new process runs.
+    Spawned,
+    /// It holds the listeners.
+    Adopted,
+    /// It says that it needs more time.
+    Starting,
+    /// It can serve.
+    Ready,
+    /// The old process accepts no more, the new one may.
+    Committed,
+    /// The trial is over.
+    Healthy,
+    /// Open connections are being finished.
+    Draining,
+}
+
+impl std::fmt::Display for StageName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Spawned => "spawned",
+            Self::Adopted => "adopted",
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Committed => "committed",
+            Self::Healthy => "healthy",
+            Self::Draining => "draining",
+        })
+    }
+}
+
+/// A stage that has been reached.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct StageEvent {
+    /// Which.
+    pub stage: StageName,
+    /// Milliseconds since the request came in.
+    pub at_ms: f64,
+    /// The new process (`spawned`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<i32>,
+    /// Why it takes longer (`starting`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// What became of the listeners (`ready`).
+    #[serde(flatten)]
+    pub claims: Option<Claims>,
+    /// Connections still open (`draining`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections: Option<usize>,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Outcome {
+    /// The new process serves.
+    Upgraded,
+    /// Drained after a stop.
+    Stopped,
+    /// As one of the two above, but connections were still open at the drain deadline and were closed.
+    Cut,
+    /// Not upgraded; the old process serves on.
+    Failed,
+    /// The new process failed in the trial; the old one accepts again.
+    RolledBack,
+    /// Another upgrade is under way, too many generations drain, or the process itself is draining.
+    Busy,
+    /// The peer's uid may not ask.
+    NotPermitted,
+    /// The request cannot be understood.
+    BadRequest,
+}
+
+/// The last answer to an `upgrade` or a `stop`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ResultEvent {
+    /// How it ended.
+    pub result: Outcome,
+    /// A sentence for people.
+    pub message: String,
+    /// Milliseconds since the request came in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_ms: Option<f64>,
+    /// The process that serves now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<i32>,
+    /// Its generation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<u64>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+    /// How the new process ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<String>,
+    /// The last lines that the new process wrote to stderr.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stderr: Vec<String>,
+    /// Connections that were closed at the drain deadline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut: Option<usize>,
+}
+
+impl ResultEvent {
+    pub(crate) fn new(result: Outcome, message: impl Into<String>) -> Self {
+        Self {
+            result,
+            message: message.into(),
+            at_ms: None,
+            pid: None,
+            generation: None,
+            failure: None,
+            exit: None,
+            stderr: vec![],
+            cut: None,
+        }
+    }
+}
+
+/// What a process of a service is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum State {
+    /// Not ready yet; does not accept.
+    Starting,
+    /// Accepts.
+    Serving,
+    /// Accepts, and a new process is starting up.
+    Upgrading,
+    /// Has committed an upgrade and would accept again if the new process died.
+    Trial,
+    /// Finishes open connections.
+    Draining,
+    /// Has nothing left to do but to exit.
+    Drained,
+    /// Was meant to become the new generation and will not.
+    Refused,
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Serving => "serving",
+            Self::Upgrading => "upgrading",
+            Self::Trial => "trial",
+            Self::Draining => "draining",
+            Self::Drained => "drained",
+            Self::Refused => "refused",
+        })
+    }
+}
+
+/// A process of a service and what it holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Status {
+    /// The process, in its own pid namespace.
+    pub pid: i32,
+    /// Its generation, from 1.
+    pub generation: u64,
+    /// What it is doing.
+    pub state: State,
+    /// When it started, in milliseconds since 1970.
+    pub since_unix_ms: u64,
+    /// What the application calls its version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// The program that an upgrade would start.
+    pub program: PathBuf,
+    /// The build that runs.
+    pub build: BuildIdentity,
+    /// In the order of their names.
+    pub listeners: Vec<ListenerStatus>,
+    /// Accepted connections.
+    pub connections: ConnectionCounts,
+    /// Older generations that are finishing their connections.
+    pub draining: Vec<DrainingGeneration>,
+    /// The last upgrade that this process was part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_upgrade: Option<LastUpgrade>,
+    /// The version of this library.
+    pub handover: String,
+}
+
+/// Which build a process runs: the file as it was at the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct BuildIdentity {
+    /// Where the file was.
+    pub path: PathBuf,
+    /// `st_dev`.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+    /// In bytes.
+    pub size: u64,
+    /// When it was last written, in milliseconds since 1970.
+    pub modified_unix_ms: u64,
+}
+
+/// A listener.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ListenerStatus {
+    /// By which it is handed over.
+    pub name: String,
+    /// What sort of socket.
+    pub kind: Kind,
+    /// Where it is bound.
+    pub address: String,
+    /// `SO_COOKIE`: the same in every generation.
+    pub cookie: u64,
+    /// How it came to this process: `handed-over`, `activated` or `bound`.
+    pub source: String,
+    /// Connections that wait to be accepted (TCP), or bytes of the next datagram; absent where the kernel does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue: Option<u32>,
+    /// Whether the application has ever waited for connections here.
+    pub waited_on: bool,
+}
+
+/// How many connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ConnectionCounts {
+    /// Open now.
+    pub open: usize,
+    /// Accepted since the process began.
+    pub accepted: u64,
+}
+
+/// The last upgrade that a process was part of, as the old or the new side.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct LastUpgrade {
+    /// How it ended.
+    pub result: Outcome,
+    /// A sentence for people.
+    pub message: String,
+    /// When, in milliseconds since 1970.
+    pub at_unix_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_read_as_the_page_says() {
+        let read = |text: &str| serde_json::from_str::<Request>(text);
+        assert!(matches!(read(r#"{"request":"status","later":1}"#), Ok(Request::Status)));
+        assert!(matches!(read(r#"{"request":"take-over"}"#), Ok(Request::TakeOver)));
+        let Ok(Request::Upgrade(upgrade)) = read(r#"{"request":"upgrade","wait":"drained","trial_ms":5,"x":[]}"#) else {
+            panic!()
+        };
+        assert_eq!((upgrade.wait, upgrade.trial()), (Some(Wait::Drained), Some(Duration::from_millis(5))));
+        assert!(read(r#"{"request":"reboot"}"#).is_err());
+        assert!(read(r#"{"request":"upgrade","args":"no list"}"#).is_err());
+    }
+
+    #[test]
+    fn answers_are_written_as_the_page_says() {
+        let event = Event::Stage(StageEvent {
+            stage: StageName::Ready,
+            at_ms: 0.5,
+            pid: None,
+            reason: None,
+            claims: Some(Claims { kept: vec!["http".into()], ..Claims::default() }),
+            connections: None,
+        });
+        let text = serde_json::to_string(&event).unwrap();
+        let wanted = r#"{"event":"stage","stage":"ready","at_ms":0.5,"kept":["http"],"added":[],"unclaimed":[]}"#;
+        assert_eq!(text, wanted);
+        let result = serde_json::to_string(&Event::Result(ResultEvent::new(Outcome::RolledBack, "m"))).unwrap();
+        assert_eq!(result, r#"{"event":"result","result":"rolled-back","message":"m"}"#);
+    }
+}

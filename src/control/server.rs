@@ -1,0 +1,270 @@
+//! The serving side of the control socket: many clients, none of which can hold up anything.
+//!
+//! Non-blocking throughout; the engine polls. A client has five seconds for its one line of request, and a bounded
+//! backlog of answers; whoever does not keep to that is dropped. Beyond a number of clients the one that has been
+//! silent the longest makes way.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::{Pid, geteuid};
+
+use super::messages::{Event, Outcome, Request, ResultEvent};
+use super::{ANSWER_BYTES_MAX, REQUEST_BYTES_MAX, directory};
+use crate::error::Error;
+
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a client may leave its answers unread.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
+const CLIENTS_MAX: usize = 64;
+
+pub(crate) type ClientId = u64;
+
+pub(crate) struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    inode: u64,
+    clients: BTreeMap<ClientId, Client>,
+    next_id: ClientId,
+}
+
+struct Client {
+    stream: UnixStream,
+    pid: Pid,
+    incoming: Vec<u8>,
+    outgoing: Vec<u8>,
+    /// When it is dropped unless something happens; none while it waits for an upgrade.
+    deadline: Option<Instant>,
+    asked: bool,
+    /// Everything has been said: close when it is written.
+    done: bool,
+}
+
+/// A request with the one who asks.
+pub(crate) struct Asked {
+    pub(crate) client: ClientId,
+    pub(crate) request: Request,
+}
+
+impl Server {
+    /// Listens at `<pid>.sock` in `directory`, or in the default one.
+    pub(crate) fn bind(directory: Option<&Path>) -> Result<Self, Error> {
+        let directory = directory.map_or_else(directory::default_path, Path::to_path_buf);
+        directory::prepare(&directory)?;
+        let path = directory.join(format!("{}.sock", std::process::id()));
+        let failed = |error: io::Error| Error::io(format!("listen on the control socket {}", path.display()), error);
+        // A left-over of a process that had our pid: whoever it was, it is not alive.
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        // The directory keeps others out until this is done.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let inode = fs::symlink_metadata(&path).map_err(failed)?.ino();
+        Ok(Self { listener, path, inode, clients: BTreeMap::new(), next_id: 0 })
+    }
+
+    /// Removes the socket's path if it is still ours, so that nobody asks a process that has nothing to say any more.
+    pub(crate) fn unlink(&self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+
+    pub(crate) fn listener_poll(&self) -> PollFd<'_> {
+        PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)
+    }
+
+    pub(crate) fn client_polls(&self) -> impl Iterator<Item = (ClientId, PollFd<'_>)> {
+        self.clients.iter().map(|(id, client)| {
+            let mut flags = PollFlags::POLLIN;
+            flags.set(PollFlags::POLLOUT, !client.outgoing.is_empty());
+            (*id, PollFd::new(client.stream.as_fd(), flags))
+        })
+    }
+
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.clients.values().filter_map(|client| client.deadline).min()
+    }
+
+    pub(crate) fn drop_late(&mut self, now: Instant) {
+        self.clients.retain(|_, client| client.deadline.is_none_or(|deadline| deadline > now));
+    }
+
+    /// Takes in who has connected. A stranger is answered and dropped before a byte of his is read.
+    pub(crate) fn accept(&mut self) {
+        // Bounded, so that a flood of connects cannot keep the engine here.
+        for _ in 0..CLIENTS_MAX {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    log::warn!("control socket: {error}");
+                    return;
+                }
+            };
+            let Ok(peer) = getsockopt(&stream, PeerCredentials) else { continue };
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            self.make_room();
+            let id = self.next_id;
+            self.next_id += 1;
+            let client = Client {
+                stream,
+                pid: Pid::from_raw(peer.pid()),
+                incoming: Vec::new(),
+                outgoing: Vec::new(),
+                deadline: Some(Instant::now() + REQUEST_TIMEOUT),
+                asked: false,
+                done: false,
+            };
+            self.clients.insert(id, client);
+            if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
+                log::warn!("control socket: uid {} (pid {}) may not ask", peer.uid(), peer.pid());
+                let message = format!(
+                    "uid {} may not control this process: only root and uid {} may",
+                    peer.uid(),
+                    geteuid()
+                );
+                self.finish(id, &Event::Result(ResultEvent::new(Outcome::NotPermitted, message)));
+            }
+        }
+    }
+
+    /// Who has asked nothing yet goes first, the oldest of them.
+    fn make_room(&mut self) {
+        if self.clients.len() >= CLIENTS_MAX {
+            let silent = self.clients.iter().find(|(_, client)| !client.asked).map(|(id, _)| *id);
+            if let Some(oldest) = silent.or_else(|| self.clients.keys().next().copied()) {
+                self.clients.remove(&oldest);
+            }
+        }
+    }
+
+    /// Reads what a client has sent; its request when that is complete.
+    pub(crate) fn read(&mut self, id: ClientId) -> Option<Asked> {
+        let client = self.clients.get_mut(&id)?;
+        let mut buffer = [0; 4096];
+        let newline = loop {
+            if client.asked {
+                // After its request a client has nothing to say but good-bye.
+                match client.stream.read(&mut buffer) {
+                    Ok(count) if count > 0 => continue,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                    _ => {
+                        self.clients.remove(&id);
+                        return None;
+                    }
+                }
+            }
+            match client.stream.read(&mut buffer) {
+                Ok(0) => {
+                    self.clients.remove(&id);
+                    return None;
+                }
+                Ok(count) => {
+                    let start = client.incoming.len();
+                    client.incoming.extend_from_slice(buffer.get(..count).unwrap_or_default());
+                    let fresh = client.incoming.get(start..).unwrap_or_default();
+                    if let Some(position) = fresh.iter().position(|byte| *byte == b'\n') {
+                        break start + position;
+                    }
+                    if client.incoming.len() > REQUEST_BYTES_MAX {
+                        self.refuse(id, &format!("the request is longer than {REQUEST_BYTES_MAX} bytes"));
+                        return None;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => {
+                    self.clients.remove(&id);
+                    return None;
+                }
+            }
+        };
+        client.asked = true;
+        client.deadline = None;
+        let line = std::mem::take(&mut client.incoming);
+        match serde_json::from_slice(line.get(..newline).unwrap_or_default()) {
+            Ok(request) => Some(Asked { client: id, request }),
+            Err(error) => {
+                self.refuse(id, &format!("the request cannot be understood: {error}"));
+                None
+            }
+        }
+    }
+
+    fn refuse(&mut self, id: ClientId, message: &str) {
+        self.finish(id, &Event::Result(ResultEvent::new(Outcome::BadRequest, message)));
+    }
+
+    /// Says something; the client stays.
+    pub(crate) fn send(&mut self, id: ClientId, event: &Event) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        let Ok(line) = serde_json::to_vec(event) else { return };
+        if client.outgoing.len() + line.len() > ANSWER_BYTES_MAX {
+            // It does not read; it will not be missed.
+            self.clients.remove(&id);
+            return;
+        }
+        client.outgoing.extend_from_slice(&line);
+        client.outgoing.push(b'\n');
+        self.flush(id);
+    }
+
+    /// Says the last thing.
+    pub(crate) fn finish(&mut self, id: ClientId, event: &Event) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.asked = true;
+            client.done = true;
+            client.deadline = Some(Instant::now() + FLUSH_TIMEOUT);
+        }
+        self.send(id, event);
+    }
+
+    pub(crate) fn flush(&mut self, id: ClientId) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        while !client.outgoing.is_empty() {
+            match client.stream.write(&client.outgoing) {
+                Ok(count) => drop(client.outgoing.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => {
+                    self.clients.remove(&id);
+                    return;
+                }
+            }
+        }
+        if client.done {
+            self.clients.remove(&id);
+        }
+    }
+
+    pub(crate) fn is_connected(&self, id: ClientId) -> bool {
+        self.clients.contains_key(&id)
+    }
+
+    /// Gives the connection up to become a channel, after `event` is said on it.
+    pub(crate) fn into_channel(&mut self, id: ClientId, event: &Event) -> Option<(UnixStream, Pid)> {
+        self.send(id, event);
+        let client = self.clients.remove(&id)?;
+        client.outgoing.is_empty().then_some((client.stream, client.pid))
+    }
+}
+
+impl AsFd for Server {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}

@@ -1,0 +1,432 @@
+//! The thread that drives both state machines: it waits for whatever can happen, tells the machine, and does what the
+//! machine answers. Nothing here decides about stages; nothing here blocks.
+
+mod announce;
+mod attempt;
+mod new_side;
+mod old_side;
+mod signals;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags};
+
+use crate::channel::poll_fd;
+use crate::control::UpgradeRequest;
+use crate::control::messages::{AcceptedEvent, Event as Said, LastUpgrade, Outcome, Request, ResultEvent};
+use crate::control::server::{Asked, ClientId, Server};
+use crate::inherit::receive::Handed;
+use crate::inherit::{self, Inherit};
+use crate::poll;
+use crate::protocol::DrainingGeneration;
+use crate::shared::Shared;
+use crate::upgrade::{self, Origin, Refusal, Timer, Upgrade};
+
+use attempt::{Attempt, Process, Report, Requester};
+use new_side::Upstream;
+pub(crate) use signals::SignalPipe;
+
+const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const DRAIN_COUNT_INTERVAL: Duration = Duration::from_millis(100);
+/// How long the application may take to let go of connections that were cut.
+const CUT_GRACE: Duration = Duration::from_secs(1);
+
+/// What the application asks of the engine.
+pub(crate) enum Command {
+    Ready,
+    StillStarting(String),
+    GiveUp(String),
+    Upgrade(Box<UpgradeRequest>, Sender<ResultEvent>),
+    Stop(Option<Duration>),
+    DrainHooksDone,
+    /// The handle is gone: the process is about to end, or has no use for us.
+    Quit,
+}
+
+pub(crate) struct Engine {
+    shared: Arc<Shared>,
+    inherit: Inherit,
+    upgrade: Upgrade,
+    /// The old process, while it may still speak.
+    upstream: Option<Upstream>,
+    /// The upgrade under way, or the last one while its requester waits for the drain.
+    attempt: Option<Attempt>,
+    /// New processes that are settled: only their end is of interest, so that no zombie stays.
+    successors: Vec<Process>,
+    /// Failed upgrades whose last words are still being collected.
+    reports: Vec<Report>,
+    older: Vec<(DrainingGeneration, Process)>,
+    server: Option<Server>,
+    signals: Option<SignalPipe>,
+    stop_clients: Vec<(ClientId, Instant)>,
+    last_upgrade: Option<LastUpgrade>,
+    timers: Timers,
+    drain: Drain,
+    quit: bool,
+}
+
+#[derive(Default)]
+struct Timers {
+    ready: Option<Instant>,
+    trial: Option<Instant>,
+    drain: Option<Instant>,
+    alive: Option<Instant>,
+    drain_count: Option<Instant>,
+    accepting: Option<Instant>,
+    cut_grace: Option<Instant>,
+}
+
+impl Timers {
+    fn place(&mut self, timer: Timer) -> &mut Option<Instant> {
+        match timer {
+            Timer::Ready => &mut self.ready,
+            Timer::Trial => &mut self.trial,
+            Timer::Drain => &mut self.drain,
+        }
+    }
+
+    fn next(&self) -> Option<Instant> {
+        let all =
+            [self.ready, self.trial, self.drain, self.alive, self.drain_count, self.accepting, self.cut_grace];
+        all.into_iter().flatten().min()
+    }
+}
+
+/// Takes a deadline that has passed.
+fn passed(place: &mut Option<Instant>, now: Instant) -> bool {
+    place.take_if(|deadline| *deadline <= now).is_some()
+}
+
+#[derive(Default)]
+struct Drain {
+    /// Of the stop or the upgrade that began it, where that names one.
+    timeout: Option<Duration>,
+    upgraded: bool,
+    hooks_done: bool,
+    cut: Option<usize>,
+    last_count: Option<usize>,
+}
+
+/// What the engine polls.
+#[derive(Clone, Copy)]
+enum Source {
+    Commands,
+    Signals,
+    Upstream,
+    Channel,
+    NewProcess,
+    Listener,
+    Client(ClientId),
+    /// Its end is looked for in any case.
+    Other,
+}
+
+impl Engine {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        handed: Option<Handed>,
+        server: Option<Server>,
+        signals: Option<SignalPipe>,
+    ) -> Self {
+        let (upstream, older) = match handed {
+            None => (None, vec![]),
+            Some(handed) => {
+                let older = new_side::watch_older(handed.parts.older);
+                (Some(Upstream::new(handed.channel, handed.parts.stderr)), older)
+            }
+        };
+        Self {
+            inherit: Inherit::new(upstream.is_some()),
+            upgrade: Upgrade::new(),
+            upstream,
+            attempt: None,
+            successors: vec![],
+            reports: vec![],
+            older,
+            server,
+            signals,
+            stop_clients: vec![],
+            last_upgrade: None,
+            timers: Timers::default(),
+            drain: Drain::default(),
+            quit: false,
+            shared,
+        }
+    }
+
+    pub(crate) fn run(mut self) {
+        while !self.quit {
+            let ready = self.wait();
+            for (source, events) in ready {
+                self.dispatch(source, events);
+            }
+            self.reap();
+            self.on_time(Instant::now());
+            self.send_reports();
+            self.check_idle();
+        }
+        self.end();
+    }
+
+    /// Waits for something to happen. An error of `poll` itself (out of memory) is retried after a moment.
+    fn wait(&self) -> Vec<(Source, PollFlags)> {
+        let (sources, mut fds) = self.sources();
+        if let Err(error) = poll::wait_any(&mut fds, self.deadline()) {
+            log::error!("poll: {error}");
+            std::thread::sleep(Duration::from_millis(100));
+            return vec![];
+        }
+        let found = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
+        sources.into_iter().zip(found).filter(|(_, events)| !events.is_empty()).collect()
+    }
+
+    fn sources(&self) -> (Vec<Source>, Vec<PollFd<'_>>) {
+        let mut all: Vec<(Source, PollFd<'_>)> = vec![(Source::Commands, poll_fd(&self.shared.wake, PollFlags::POLLIN))];
+        if let Some(signals) = &self.signals {
+            all.push((Source::Signals, poll_fd(signals, PollFlags::POLLIN)));
+        }
+        if let Some(upstream) = &self.upstream {
+            all.push((Source::Upstream, poll_fd(&upstream.channel, upstream.channel.interest())));
+        }
+        if let Some(attempt) = &self.attempt {
+            if let Some(channel) = &attempt.channel {
+                all.push((Source::Channel, poll_fd(channel, channel.interest())));
+            }
+            if let Some(process) = &attempt.process {
+                all.push((Source::NewProcess, poll_fd(process, PollFlags::POLLIN)));
+            }
+        }
+        let others = self.successors.iter().chain(self.older.iter().map(|(_, process)| process));
+        let reported = self.reports.iter().filter_map(|report| report.process.as_ref());
+        all.extend(others.chain(reported).map(|process| (Source::Other, poll_fd(process, PollFlags::POLLIN))));
+        if let Some(server) = &self.server {
+            all.push((Source::Listener, server.listener_poll()));
+            all.extend(server.client_polls().map(|(id, fd)| (Source::Client(id), fd)));
+        }
+        all.into_iter().unzip()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let reports = self.reports.iter().map(|report| report.deadline).min();
+        let clients = self.server.as_ref().and_then(Server::next_deadline);
+        [self.timers.next(), reports, clients].into_iter().flatten().min()
+    }
+
+    fn dispatch(&mut self, source: Source, events: PollFlags) {
+        match source {
+            Source::Commands => self.on_commands(),
+            Source::Signals => self.on_signals(),
+            Source::Upstream => self.read_upstream(),
+            Source::Channel => self.read_channel(),
+            Source::NewProcess => self.on_new_process_end(),
+            Source::Listener => {
+                if let Some(server) = &mut self.server {
+                    server.accept();
+                }
+            }
+            Source::Client(id) => self.on_client(id, events),
+            Source::Other => {}
+        }
+    }
+
+    fn on_commands(&mut self) {
+        let _ = self.shared.wake.read();
+        if self.inherit.stage() == inherit::Stage::Trial && self.timers.accepting.is_none() {
+            // Listeners may be waited on one by one, and there may be thousands: told together.
+            self.timers.accepting = Some(Instant::now() + Duration::from_millis(10));
+        }
+        while let Some(command) = self.shared.next_command() {
+            match command {
+                Command::Ready => self.on_app_ready(),
+                Command::StillStarting(reason) => self.tell_new_side_with(inherit::Event::AppStillStarting, reason),
+                Command::GiveUp(reason) => self.tell_new_side_with(inherit::Event::AppGaveUp, reason),
+                Command::Upgrade(request, reply) => {
+                    self.begin(*request, Origin::Push, Requester::Application(reply), None);
+                }
+                Command::Stop(timeout) => self.stop(timeout),
+                Command::DrainHooksDone => self.drain.hooks_done = true,
+                Command::Quit => self.quit = true,
+            }
+        }
+    }
+
+    fn on_signals(&mut self) {
+        let Some(signals) = &mut self.signals else { return };
+        let caught = signals.take();
+        if caught.upgrade {
+            log::info!("upgrade asked for by signal");
+            self.begin(UpgradeRequest::default(), Origin::Push, Requester::Nobody, None);
+        }
+        for _ in 0..caught.stops {
+            log::info!("told to stop by signal");
+            self.stop(None);
+        }
+    }
+
+    fn stop(&mut self, timeout: Option<Duration>) {
+        self.drain.timeout = self.drain.timeout.or(timeout);
+        self.tell_new_side_with(inherit::Event::Stop, "it was told to stop".to_owned());
+        self.tell_old_side(upgrade::Event::Stop);
+    }
+
+    fn on_client(&mut self, id: ClientId, events: PollFlags) {
+        let Some(server) = &mut self.server else { return };
+        if events.contains(PollFlags::POLLOUT) {
+            server.flush(id);
+        }
+        if !events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
+            return;
+        }
+        let Some(Asked { client, request }) = server.read(id) else { return };
+        let accepted = AcceptedEvent { pid: std::process::id().cast_signed(), generation: self.shared.generation };
+        match request {
+            Request::Status => {
+                let status = self.status();
+                if let Some(server) = &mut self.server {
+                    server.finish(client, &Said::Status(Box::new(status)));
+                }
+            }
+            Request::Upgrade(request) => {
+                server.send(client, &Said::Accepted(accepted));
+                let wait = request.wait.unwrap_or_default();
+                self.begin(request, Origin::Push, Requester::Client(client, wait), None);
+            }
+            Request::Stop { drain_timeout_ms } => {
+                server.send(client, &Said::Accepted(accepted));
+                self.stop_clients.push((client, Instant::now()));
+                if self.upgrade.stage() == upgrade::Stage::Draining {
+                    // Asking again is not what a second signal is: nothing is cut.
+                    self.announce_drain_to_stop_clients();
+                } else {
+                    self.stop(drain_timeout_ms.map(Duration::from_millis));
+                }
+            }
+            Request::TakeOver => self.on_take_over(client, accepted),
+        }
+    }
+
+    /// Refused on the line; once it is accepted the connection carries frames only.
+    fn on_take_over(&mut self, client: ClientId, accepted: AcceptedEvent) {
+        if let Some(refusal) = self.refusal() {
+            return server_finish(&mut self.server, client, &refusal);
+        }
+        let channel = self.server.as_mut().and_then(|server| server.into_channel(client, &Said::Accepted(accepted)));
+        if let Some((stream, pid)) = channel {
+            self.begin(UpgradeRequest::default(), Origin::Pull, Requester::Nobody, Some((stream, pid)));
+        }
+    }
+
+    /// Why no upgrade can begin now, for those reasons that are not a matter of the old side's stage.
+    fn refusal(&self) -> Option<ResultEvent> {
+        let busy = |message: String| Some(ResultEvent::new(Outcome::Busy, message));
+        let pid = std::process::id();
+        match self.inherit.stage() {
+            inherit::Stage::Owner => {}
+            inherit::Stage::Starting { .. } | inherit::Stage::Ready => {
+                return busy(format!("process {pid} is still starting up"));
+            }
+            inherit::Stage::Trial => return busy(format!("the upgrade to process {pid} is not finished yet")),
+            inherit::Stage::Refused => return busy(format!("process {pid} never became the serving one")),
+        }
+        match self.upgrade.stage() {
+            upgrade::Stage::Serving => {}
+            upgrade::Stage::Draining | upgrade::Stage::Drained => return Some(self.busy(Refusal::Draining)),
+            _ => return Some(self.busy(Refusal::UpgradeUnderWay)),
+        }
+        let (draining, most) = (self.older.len(), self.shared.config.max_draining);
+        if draining >= most {
+            let pids: Vec<String> = self.older.iter().map(|(older, _)| older.pid.to_string()).collect();
+            return busy(format!(
+                "{draining} older generations still drain (pid {}), and at most {most} may: wait, or end one of them",
+                pids.join(", ")
+            ));
+        }
+        None
+    }
+
+    fn busy(&self, refusal: Refusal) -> ResultEvent {
+        let pid = std::process::id();
+        let message = match refusal {
+            Refusal::UpgradeUnderWay => "another upgrade is under way".to_owned(),
+            Refusal::Draining => match &self.attempt {
+                Some(attempt) if self.drain.upgraded => {
+                    let new = attempt.pid.map(|pid| pid.to_string()).unwrap_or_default();
+                    format!("process {pid} has been replaced by process {new} and is draining: ask that one")
+                }
+                _ => format!("process {pid} was told to stop and is draining"),
+            },
+        };
+        ResultEvent::new(Outcome::Busy, message)
+    }
+
+    fn on_time(&mut self, now: Instant) {
+        if passed(&mut self.timers.ready, now) {
+            self.tell_old_side(upgrade::Event::TimedOut(Timer::Ready));
+        }
+        if passed(&mut self.timers.trial, now) {
+            self.end_trial();
+        }
+        if passed(&mut self.timers.drain, now) {
+            self.tell_old_side(upgrade::Event::TimedOut(Timer::Drain));
+        }
+        if passed(&mut self.timers.accepting, now) {
+            self.send_accepting();
+        }
+        if passed(&mut self.timers.cut_grace, now) {
+            self.tell_old_side(upgrade::Event::Idle);
+        }
+        if passed(&mut self.timers.drain_count, now) {
+            self.announce_drain_count();
+        }
+        if passed(&mut self.timers.alive, now) {
+            self.say_alive();
+        }
+        if let Some(server) = &mut self.server {
+            server.drop_late(now);
+        }
+    }
+
+    /// Runs the old side's machine, and whatever follows from what it wants done.
+    fn tell_old_side(&mut self, event: upgrade::Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            for action in self.upgrade.on_event(event) {
+                events.extend(self.perform(action));
+            }
+        }
+    }
+
+    /// The process ends, or the application has let go of its handle: nothing of ours may stay behind.
+    fn end(&mut self) {
+        if self.upgrade.in_flight() {
+            self.tell_old_side(upgrade::Event::Stop);
+        }
+        self.shared.gate.close();
+        if self.upgrade.stage() != upgrade::Stage::Drained {
+            self.unlink_paths();
+            self.remove_control_socket();
+        }
+    }
+
+    fn remove_control_socket(&mut self) {
+        if let Some(server) = &self.server {
+            server.unlink();
+        }
+    }
+
+    /// The paths of Unix listeners go with the last generation.
+    fn unlink_paths(&self) {
+        if !self.drain.upgraded {
+            self.shared.listeners().unlink_paths(self.inherit.owns());
+        }
+    }
+}
+
+fn server_finish(server: &mut Option<Server>, client: ClientId, result: &ResultEvent) {
+    if let Some(server) = server {
+        server.finish(client, &Said::Result(result.clone()));
+    }
+}

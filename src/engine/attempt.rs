@@ -1,0 +1,165 @@
+//! One upgrade as the old process sees it: the new process, the channel to it, who asked, and how it is told.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+
+use crate::channel::Channel;
+use crate::control::messages::{ResultEvent, UpgradeRequest, Wait};
+use crate::control::server::ClientId;
+use crate::protocol::{AdoptedListener, Claims};
+use crate::sys;
+use crate::upgrade::Origin;
+use crate::upgrade::stderr::StderrTail;
+
+/// Who asked for an upgrade, and is told how it went.
+pub(super) enum Requester {
+    /// A signal, or a new process that pulls.
+    Nobody,
+    Client(ClientId, Wait),
+    Application(Sender<ResultEvent>),
+}
+
+impl Requester {
+    /// Whoever is not told otherwise hears when the trial is over.
+    pub(super) fn waits_for(&self, wait: Wait) -> bool {
+        match self {
+            Self::Nobody => false,
+            Self::Client(_, wanted) => *wanted == wait,
+            Self::Application(_) => wait == Wait::Healthy,
+        }
+    }
+}
+
+pub(super) struct Attempt {
+    pub(super) request: UpgradeRequest,
+    pub(super) origin: Origin,
+    pub(super) requester: Requester,
+    pub(super) begun: Instant,
+    pub(super) channel: Option<Channel>,
+    pub(super) process: Option<Process>,
+    /// As this process sees it.
+    pub(super) pid: Option<i32>,
+    pub(super) stderr: Option<StderrTail>,
+    pub(super) offered: Vec<AdoptedListener>,
+    pub(super) claims: Claims,
+    /// Why it says that it is still starting.
+    pub(super) starting: Option<String>,
+    /// Listeners on which the new application waits.
+    pub(super) accepting: Vec<String>,
+    /// What went wrong; completes "the new build …".
+    pub(super) cause: Option<String>,
+}
+
+impl Attempt {
+    pub(super) fn new(request: UpgradeRequest, origin: Origin, requester: Requester) -> Self {
+        Self {
+            request,
+            origin,
+            requester,
+            begun: Instant::now(),
+            channel: None,
+            process: None,
+            pid: None,
+            stderr: None,
+            offered: vec![],
+            claims: Claims::default(),
+            starting: None,
+            accepting: vec![],
+            cause: None,
+        }
+    }
+
+    pub(super) fn elapsed_ms(&self) -> f64 {
+        milliseconds_since(self.begun)
+    }
+}
+
+/// With three decimals: microseconds are what can be told apart.
+pub(super) fn milliseconds_since(begun: Instant) -> f64 {
+    (begun.elapsed().as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// Another process of this service.
+pub(super) struct Process {
+    pidfd: OwnedFd,
+    /// We spawned it, so we reap it.
+    is_child: bool,
+    exit: Option<String>,
+}
+
+impl Process {
+    pub(super) fn child(pidfd: OwnedFd) -> Self {
+        Self { pidfd, is_child: true, exit: None }
+    }
+
+    pub(super) fn other(pidfd: OwnedFd) -> Self {
+        Self { pidfd, is_child: false, exit: None }
+    }
+
+    /// How it ended, once it has; a child is reaped.
+    pub(super) fn exit(&mut self) -> Option<String> {
+        if self.exit.is_none() {
+            self.exit = self.look();
+        }
+        self.exit.clone()
+    }
+
+    fn look(&self) -> Option<String> {
+        if !self.is_child {
+            let ended = crate::poll::wait(self.pidfd.as_fd(), PollFlags::POLLIN, Some(Instant::now()));
+            return ended.is_ok_and(|ended| ended).then(|| "ended".to_owned());
+        }
+        match waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+            Ok(WaitStatus::Exited(_, status)) => Some(format!("exited with status {status}")),
+            Ok(WaitStatus::Signaled(_, signal, core)) => {
+                let core = if core { " and dumped core" } else { "" };
+                Some(format!("was killed by {signal}{core}"))
+            }
+            // Somebody in this process reaps every child, or SIGCHLD is ignored.
+            Err(Errno::ECHILD) => Some("ended".to_owned()),
+            _ => None,
+        }
+    }
+
+    pub(super) fn kill(&self) {
+        // ESRCH: it is gone already.
+        let _ = sys::pidfd_send_signal(self.pidfd.as_fd(), Signal::SIGKILL);
+    }
+
+    /// Waits until every thread of it is gone; it has been killed, so that is soon.
+    pub(super) fn wait_for_end(&self, longest: Duration) -> bool {
+        let deadline = Some(Instant::now() + longest);
+        crate::poll::wait(self.pidfd.as_fd(), PollFlags::POLLIN, deadline).unwrap_or(false)
+    }
+}
+
+impl AsFd for Process {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+/// The end of a failed upgrade, held back until the new process is reaped and its stderr has ended.
+pub(super) struct Report {
+    pub(super) result: ResultEvent,
+    pub(super) requester: Requester,
+    pub(super) process: Option<Process>,
+    pub(super) stderr: Option<StderrTail>,
+    pub(super) deadline: Instant,
+}
+
+impl Report {
+    /// A grandchild may hold the pipe open, and a dying process may take its time.
+    pub(super) const PATIENCE: Duration = Duration::from_millis(500);
+
+    pub(super) fn is_complete(&mut self) -> bool {
+        let reaped = self.process.as_mut().is_none_or(|process| process.exit().is_some());
+        reaped && self.stderr.as_ref().is_none_or(StderrTail::ended)
+    }
+}

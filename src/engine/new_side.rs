@@ -1,0 +1,150 @@
+//! The engine's part in becoming the new process: the channel to the old one, and what the `Inherit` machine wants
+//! done.
+
+use std::os::fd::OwnedFd;
+use std::time::{Instant, SystemTime};
+
+use nix::unistd::Pid;
+
+use super::attempt::Process;
+use super::Engine;
+use crate::channel::{Broken, Channel, Received};
+use crate::control::messages::{LastUpgrade, Outcome};
+use crate::inherit::{Action, Event, Stage};
+use crate::listeners::Unclaimed;
+use crate::protocol::{DrainingGeneration, Message};
+use crate::shared::{Ownership, unix_ms};
+use crate::sys;
+
+/// The old process.
+pub(super) struct Upstream {
+    pub(super) channel: Channel,
+    /// What fd 2 is to be after commit.
+    stderr: Option<OwnedFd>,
+    adopted: Instant,
+    told_accepting: usize,
+}
+
+impl Upstream {
+    pub(super) fn new(channel: Channel, stderr: Option<OwnedFd>) -> Self {
+        Self { channel, stderr, adopted: Instant::now(), told_accepting: 0 }
+    }
+}
+
+/// Pidfds of the older generations, to know when they are gone.
+pub(super) fn watch_older(older: Vec<DrainingGeneration>) -> Vec<(DrainingGeneration, Process)> {
+    let watch = |one: DrainingGeneration| {
+        let pidfd = sys::pidfd_open(Pid::from_raw(one.pid)).ok()?;
+        Some((one, Process::other(pidfd)))
+    };
+    older.into_iter().filter_map(watch).collect()
+}
+
+impl Engine {
+    pub(super) fn on_app_ready(&mut self) {
+        let claims = self.shared.listeners().claims();
+        if self.shared.config.unclaimed == Unclaimed::Fail && !claims.unclaimed.is_empty() {
+            let reason = format!("it has no use for the listeners {}", claims.unclaimed.join(", "));
+            return self.tell_new_side_with(Event::AppGaveUp, reason);
+        }
+        self.tell_new_side(Event::AppReady);
+    }
+
+    fn tell_new_side(&mut self, event: Event) {
+        self.tell_new_side_with(event, String::new());
+    }
+
+    /// `reason` is for those events that have one.
+    pub(super) fn tell_new_side_with(&mut self, event: Event, reason: String) {
+        for action in self.inherit.on_event(event) {
+            match action {
+                Action::SendReady => {
+                    let claims = self.shared.listeners().claims();
+                    self.send_upstream(Message::Ready(claims));
+                }
+                Action::SendStarting => self.send_upstream(Message::Starting { reason: reason.clone() }),
+                Action::SendGaveUp => self.send_upstream(Message::GaveUp { reason: reason.clone() }),
+                Action::SendStopping => self.send_upstream(Message::Stopping),
+                Action::OpenGate => self.open_as_new(),
+                Action::ShutGate => self.shared.gate.shut(),
+                Action::Refuse => {
+                    log::error!("generation {} will not serve: {reason}", self.shared.generation);
+                    self.shared.listeners().forget_inherited();
+                    self.shared.phase.update(|phase| phase.ownership = Ownership::Refused(reason.clone()));
+                }
+                Action::Own => log::info!("generation {} owns the listeners", self.shared.generation),
+            }
+        }
+    }
+
+    fn open_as_new(&mut self) {
+        if let Some(stderr) = self.upstream.as_mut().and_then(|upstream| upstream.stderr.take()) {
+            if let Err(error) = sys::replace_stderr(std::os::fd::AsFd::as_fd(&stderr)) {
+                log::warn!("stderr stays a pipe to the old process: {error}");
+            }
+        }
+        // Before anything that takes time: clients wait.
+        self.shared.gate.open();
+        {
+            let mut listeners = self.shared.listeners();
+            listeners.apply_pending();
+            listeners.settle_unclaimed(self.shared.config.unclaimed, &self.shared.gate);
+        }
+        if let Some(upstream) = &self.upstream {
+            let took = upstream.adopted.elapsed().as_secs_f64() * 1e3;
+            let generation = self.shared.generation;
+            log::info!("generation {generation} accepts, {took:.1} ms after the handover");
+            let message = format!("upgraded to generation {generation} (pid {})", std::process::id());
+            let at_unix_ms = unix_ms(SystemTime::now());
+            self.last_upgrade = Some(LastUpgrade { result: Outcome::Upgraded, message, at_unix_ms });
+            self.send_accepting();
+        }
+        self.shared.phase.update(|phase| phase.ownership = Ownership::Owner);
+    }
+
+    /// Tells the old process on which listeners the application waits, if there are more than it knows.
+    pub(super) fn send_accepting(&mut self) {
+        let waited_on = self.shared.listeners().waited_on();
+        let Some(upstream) = &mut self.upstream else { return };
+        // The first is due in any case.
+        if upstream.told_accepting != waited_on.len() + 1 {
+            upstream.told_accepting = waited_on.len() + 1;
+            self.send_upstream(Message::Accepting { listeners: waited_on });
+        }
+    }
+
+    fn send_upstream(&mut self, message: Message) {
+        let Some(upstream) = &mut self.upstream else { return };
+        if let Err(broken) = upstream.channel.send(message, vec![]) {
+            // Its end is read in its turn, and decides.
+            log::debug!("the old process {broken}");
+        }
+    }
+
+    pub(super) fn read_upstream(&mut self) {
+        while let Some(upstream) = &mut self.upstream {
+            // What is left to send, if anything.
+            let _ = upstream.channel.flush();
+            let (event, reason, over) = match upstream.channel.receive() {
+                Ok(Received::Nothing) => return,
+                Ok(Received::Message(Message::Commit)) => (Event::Commit, String::new(), false),
+                Ok(Received::Message(Message::Settled)) => (Event::Settled, String::new(), true),
+                Ok(Received::Message(Message::Aborted { reason })) => (Event::Aborted, reason, true),
+                Ok(Received::End) => (Event::ChannelEnded, String::new(), true),
+                // It lives, and does not keep to the protocol: it must not be taken for dead.
+                Ok(Received::Message(other)) => {
+                    (Event::Aborted, format!("the old process sent `{}` out of turn", other.name()), true)
+                }
+                Err(broken @ Broken::Malformed(_)) => (Event::Aborted, format!("the old process {broken}"), true),
+                Err(Broken::Io(_)) => (Event::ChannelEnded, String::new(), true),
+            };
+            if event == Event::ChannelEnded && self.inherit.stage() != Stage::Owner {
+                log::warn!("the old process died in the middle of the upgrade: generation {} takes over", self.shared.generation);
+            }
+            self.tell_new_side_with(event, reason);
+            if over {
+                self.upstream = None;
+            }
+        }
+    }
+}

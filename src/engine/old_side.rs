@@ -1,0 +1,449 @@
+//! The engine's part in being the old process: what the `Upgrade` machine wants done, one leaf each.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use nix::unistd::Pid;
+
+use super::attempt::{Attempt, Process, Report, Requester};
+use super::{CUT_GRACE, Command, Engine};
+use crate::channel::{Broken, Channel, Received};
+use crate::control::messages::{Outcome, ResultEvent, UpgradeRequest, Wait};
+use crate::listeners::Entry;
+use crate::protocol::{AdoptedListener, Kind, Message, Offer, OfferedState, VERSIONS};
+use crate::shared::{Drained, Shared};
+use crate::sys;
+use crate::upgrade::spawn::Plan;
+use crate::upgrade::stderr::StderrTail;
+use crate::upgrade::{Action, Event, Failure, Origin, Progress, Timer};
+
+impl Engine {
+    /// A trigger has come.
+    pub(super) fn begin(
+        &mut self,
+        request: UpgradeRequest,
+        origin: Origin,
+        requester: Requester,
+        pulled: Option<(UnixStream, Pid)>,
+    ) {
+        if let Some(refusal) = self.refusal() {
+            log::warn!("upgrade refused: {}", refusal.message);
+            return self.answer(requester, refusal);
+        }
+        let mut attempt = Attempt::new(request, origin, requester);
+        if let Some((stream, pid)) = pulled {
+            log::info!("process {pid} asks for the handover");
+            attempt.pid = Some(pid.as_raw());
+            attempt.process = sys::pidfd_of_peer(stream.as_fd(), pid).ok().map(Process::other);
+            attempt.channel = Channel::new(stream).ok();
+        }
+        self.attempt = Some(attempt);
+        self.schedule_alive();
+        self.tell_old_side(Event::Trigger(origin));
+    }
+
+    /// Does one thing, and says what came of it where that is not a matter of waiting.
+    pub(super) fn perform(&mut self, action: Action) -> Option<Event> {
+        match action {
+            // `begin` asks before it triggers, so that an upgrade under way is not forgotten.
+            Action::Refuse(_) => {}
+            Action::Spawn => return Some(self.outcome_of(Self::spawn, Event::Spawned, Failure::NotSpawned)),
+            Action::Offer => {
+                if let Err(cause) = self.offer() {
+                    return Some(self.failed(Failure::ChannelBroken, cause));
+                }
+            }
+            Action::ShutGate => {
+                self.shared.gate.shut();
+                return Some(Event::GateShut);
+            }
+            Action::OpenGate => self.shared.gate.open(),
+            Action::Commit => {
+                if let Err(cause) = self.send(Message::Commit) {
+                    return Some(self.failed(Failure::ChannelBroken, cause));
+                }
+            }
+            Action::Settle => self.settle(),
+            Action::Abort(failure) => self.abort(failure),
+            Action::Kill(failure) => self.kill(failure),
+            Action::Arm(timer) => *self.timers.place(timer) = self.duration(timer).map(|time| Instant::now() + time),
+            Action::Disarm(timer) => *self.timers.place(timer) = None,
+            Action::Announce(progress) => self.announce(progress),
+            Action::ReportFailed(failure) => self.report(Outcome::Failed, failure),
+            Action::ReportRolledBack(failure) => self.report(Outcome::RolledBack, failure),
+            Action::Drain => self.begin_drain(),
+            Action::Cut => self.cut(),
+            Action::Finish => self.finish(),
+        }
+        None
+    }
+
+    fn duration(&self, timer: Timer) -> Option<Duration> {
+        let (request, config) = (self.attempt.as_ref().map(|attempt| &attempt.request), &self.shared.config);
+        let asked = |of: fn(&UpgradeRequest) -> Option<Duration>| request.and_then(of);
+        match timer {
+            Timer::Ready => Some(asked(UpgradeRequest::ready_timeout).unwrap_or(config.ready_timeout)),
+            Timer::Trial => Some(asked(UpgradeRequest::trial).unwrap_or(config.trial)),
+            Timer::Drain => {
+                let of_upgrade = if self.drain.upgraded { asked(UpgradeRequest::drain_timeout) } else { None };
+                let timeout = self.drain.timeout.or(of_upgrade).unwrap_or(config.drain_timeout);
+                (!timeout.is_zero()).then_some(timeout)
+            }
+        }
+    }
+
+    fn outcome_of(&mut self, step: fn(&mut Self) -> Result<(), String>, good: Event, bad: Failure) -> Event {
+        match step(self) {
+            Ok(()) => good,
+            Err(cause) => self.failed(bad, cause),
+        }
+    }
+
+    fn failed(&mut self, failure: Failure, cause: String) -> Event {
+        if let Some(attempt) = &mut self.attempt {
+            attempt.cause = Some(cause);
+        }
+        Event::Failed(failure)
+    }
+
+    fn spawn(&mut self) -> Result<(), String> {
+        let shared = &self.shared;
+        let Some(attempt) = &mut self.attempt else { return Err("was never asked for".to_owned()) };
+        let plan = Plan::new(&shared.started, &shared.config, &attempt.request).map_err(|error| error.to_string())?;
+        let io = |error: io::Error| format!("cannot be spawned: {error}");
+        let (ours, theirs) = UnixStream::pair().map_err(io)?;
+        let (pipe, stderr) = match shared.config.capture_stderr {
+            true => io::pipe().map(|(reader, writer)| (Some(reader), Some(writer))).map_err(io)?,
+            false => (None, None),
+        };
+        let channel = Channel::new(ours).map_err(io)?;
+        let pid = plan.spawn(&theirs, stderr.as_ref().map(AsFd::as_fd)).map_err(|error| error.to_string())?;
+        log::info!("spawned {} as process {pid}", plan.program.display());
+        // A child that we have not reaped keeps its pid.
+        attempt.pid = Some(pid.as_raw());
+        attempt.process = Some(Process::child(sys::pidfd_open(pid).map_err(io)?));
+        attempt.channel = Some(channel);
+        if let Some(pipe) = pipe {
+            let shared = shared.clone();
+            attempt.stderr = Some(StderrTail::follow(pipe, move || shared.wake_engine()).map_err(io)?);
+        }
+        Ok(())
+    }
+
+    /// The listeners as they are now, and the application's state.
+    fn offer(&mut self) -> Result<(), String> {
+        let state = self.shared.take_state_of_application()?;
+        let shared = &self.shared;
+        let Some(attempt) = &mut self.attempt else { return Ok(()) };
+        let Some(channel) = &mut attempt.channel else { return Err("cannot be talked to".to_owned()) };
+        let listeners = shared.listeners();
+        let held: Vec<(&Entry, Arc<OwnedFd>)> =
+            listeners.entries().filter_map(|entry| Some((entry, entry.socket.fd()?))).collect();
+        let (entries, mut fds): (Vec<&Entry>, Vec<Arc<OwnedFd>>) = held.into_iter().unzip();
+        let named = |entry: &&Entry| AdoptedListener { name: entry.name.clone(), cookie: entry.cookie };
+        attempt.offered = entries.iter().map(named).collect();
+        let mut offered_state = None;
+        if let Some(state) = state {
+            offered_state = Some(OfferedState { version: state.version, length: state.bytes.len() as u64 });
+            fds.push(Arc::new(state.to_memfd().map_err(|error| format!("cannot get the state: {error}"))?));
+        }
+        let stderr = attempt.stderr.is_some();
+        if stderr {
+            let ours = io::stderr().as_fd().try_clone_to_owned();
+            fds.push(Arc::new(ours.map_err(|error| format!("cannot get our stderr: {error}"))?));
+        }
+        let (ready_timeout, trial) = (shared.config.ready_timeout, shared.config.trial);
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let offer = Offer {
+            protocol: VERSIONS,
+            generation: shared.generation + 1,
+            pid: std::process::id().cast_signed(),
+            listeners: entries.iter().map(|entry| entry.offered()).collect(),
+            state: offered_state,
+            stderr,
+            draining: self.older.iter().map(|(older, _)| older.clone()).collect(),
+            ready_timeout_ms: milliseconds(attempt.request.ready_timeout().unwrap_or(ready_timeout)),
+            trial_ms: milliseconds(attempt.request.trial().unwrap_or(trial)),
+        };
+        channel.send(Message::Offer(offer), fds).map_err(|broken| broken.to_string())
+    }
+
+    fn send(&mut self, message: Message) -> Result<(), String> {
+        match self.attempt.as_mut().and_then(|attempt| attempt.channel.as_mut()) {
+            Some(channel) => channel.send(message, vec![]).map_err(|broken| broken.to_string()),
+            None => Err("cannot be talked to".to_owned()),
+        }
+    }
+
+    pub(super) fn read_channel(&mut self) {
+        while let Some(channel) = self.attempt.as_mut().and_then(|attempt| attempt.channel.as_mut()) {
+            if let Err(error) = channel.flush() {
+                // What it said before it went is still to be read.
+                log::debug!("the new process cannot be talked to: {error}");
+            }
+            let event = match channel.receive() {
+                Ok(Received::Nothing) => return,
+                Ok(Received::Message(message)) => self.on_message(message),
+                Ok(Received::End) => self.channel_ended("closed the channel".to_owned()),
+                Err(broken @ Broken::Malformed(_)) => self.failed(Failure::ChannelBroken, broken.to_string()),
+                Err(broken @ Broken::Io(_)) => self.channel_ended(broken.to_string()),
+            };
+            self.tell_old_side(event);
+        }
+    }
+
+    /// Mostly because it died; how it died says more than that its channel did.
+    fn channel_ended(&mut self, cause: String) -> Event {
+        let process = self.attempt.as_mut().and_then(|attempt| attempt.process.as_mut());
+        let exit = process.and_then(|process| {
+            process.wait_for_end(Duration::from_millis(50));
+            process.exit()
+        });
+        match exit {
+            Some(exit) => self.failed(Failure::Exited, exit),
+            None => self.failed(Failure::ChannelBroken, cause),
+        }
+    }
+
+    pub(super) fn on_new_process_end(&mut self) {
+        // What it said last is in the channel: that it gave up, and why.
+        self.read_channel();
+        let process = self.attempt.as_mut().and_then(|attempt| attempt.process.as_mut());
+        if let Some(exit) = process.and_then(Process::exit) {
+            let event = self.failed(Failure::Exited, exit);
+            self.tell_old_side(event);
+        }
+    }
+
+    fn on_message(&mut self, message: Message) -> Event {
+        let Some(attempt) = &mut self.attempt else { return Event::Failed(Failure::ChannelBroken) };
+        use crate::upgrade::Stage as S;
+        match (self.upgrade.stage(), message) {
+            (S::Starting, Message::Adopted { protocol, mut listeners }) => {
+                let by_name = |a: &AdoptedListener, b: &AdoptedListener| a.name.cmp(&b.name);
+                listeners.sort_by(by_name);
+                attempt.offered.sort_by(by_name);
+                if listeners != attempt.offered {
+                    let (got, offered) = (listeners.len(), attempt.offered.len());
+                    let cause = format!("adopted {got} listeners, not the {offered} that were offered");
+                    return self.failed(Failure::ChannelBroken, cause);
+                }
+                if !(VERSIONS.min..=VERSIONS.max).contains(&protocol) {
+                    let cause = format!("chose version {protocol} of the protocol, which was not offered");
+                    return self.failed(Failure::ChannelBroken, cause);
+                }
+                Event::Adopted
+            }
+            (S::Starting, Message::Refused { reason, .. }) => {
+                self.failed(Failure::Refused, format!("refused the handover: {reason}"))
+            }
+            (S::Adopted, Message::Starting { reason }) => {
+                attempt.starting = Some(reason);
+                Event::StillStarting
+            }
+            (S::Adopted, Message::Ready(claims)) => {
+                attempt.claims = claims;
+                Event::Ready
+            }
+            (_, Message::GaveUp { reason }) => self.failed(Failure::GaveUp, format!("gave up: {reason}")),
+            (_, Message::Stopping) => Event::NewIsStopping,
+            (S::Trial, Message::Accepting { listeners }) => {
+                attempt.accepting = listeners;
+                // Nothing follows from it before the end of the trial.
+                Event::StillStarting
+            }
+            (_, other) => self.failed(Failure::ChannelBroken, format!("sent `{}` out of turn", other.name())),
+        }
+    }
+
+    /// At the end of the trial: connections that wait where the new application has never waited for any say that it
+    /// does not serve.
+    pub(super) fn end_trial(&mut self) {
+        let stuck = self.attempt.as_ref().and_then(|attempt| {
+            let listeners = self.shared.listeners();
+            let stuck = listeners.entries().find(|entry| {
+                attempt.claims.kept.contains(&entry.name)
+                    && !attempt.accepting.contains(&entry.name)
+                    && entry.socket.was_waited_on()
+                    && has_something_waiting(entry)
+            });
+            stuck.map(|entry| format!("became ready and never accepted on listener `{}`, where clients wait", entry.name))
+        });
+        match stuck {
+            Some(cause) => {
+                let event = self.failed(Failure::NotAccepting, cause);
+                self.tell_old_side(event);
+            }
+            None => self.tell_old_side(Event::TimedOut(Timer::Trial)),
+        }
+    }
+
+    fn settle(&mut self) {
+        self.drain.upgraded = true;
+        if let Err(cause) = self.send(Message::Settled) {
+            log::debug!("the new process {cause}");
+        }
+        let Some(attempt) = &mut self.attempt else { return };
+        attempt.channel = None;
+        self.successors.extend(attempt.process.take());
+    }
+
+    /// Before commit: the new process is told, and killed if it is ours. One that pulled keeps its life; it knows that
+    /// it must not accept.
+    fn abort(&mut self, failure: Failure) {
+        let reason = self.words_for(failure);
+        let reason = format!("the upgrade is off: the new build {reason}");
+        // It may be gone, or not reading.
+        let _ = self.send(Message::Aborted { reason });
+        let Some(attempt) = &mut self.attempt else { return };
+        attempt.channel = None;
+        if let (Origin::Push, Some(process)) = (attempt.origin, &attempt.process) {
+            process.kill();
+        }
+    }
+
+    /// After commit: it may be accepting, so it must be gone before we accept.
+    fn kill(&mut self, _failure: Failure) {
+        let Some(attempt) = &mut self.attempt else { return };
+        attempt.channel = None;
+        if let Some(process) = &attempt.process {
+            process.kill();
+            if !process.wait_for_end(Duration::from_secs(2)) {
+                log::warn!("the new process does not die; it can accept no more all the same");
+            }
+        }
+    }
+
+    /// Completes "the new build …".
+    fn words_for(&self, failure: Failure) -> String {
+        let attempt = self.attempt.as_ref();
+        let cause = attempt.and_then(|attempt| attempt.cause.clone());
+        match failure {
+            Failure::Silent => {
+                let timeout = self.duration(Timer::Ready).unwrap_or_default();
+                let starting = attempt.and_then(|attempt| attempt.starting.as_ref());
+                let last = starting.map(|reason| format!(" (it last said: {reason})")).unwrap_or_default();
+                format!("was not ready within {timeout:?}{last}")
+            }
+            Failure::Stopped => "was not ready when this process was told to stop".to_owned(),
+            Failure::Exited => format!("{} before it was ready", cause.unwrap_or_else(|| "ended".to_owned())),
+            _ => cause.unwrap_or_else(|| "failed".to_owned()),
+        }
+    }
+
+    /// Ends the attempt; its requester hears when the new process is reaped and its last words are in.
+    fn report(&mut self, outcome: Outcome, failure: Failure) {
+        let mut cause = self.words_for(failure);
+        if outcome == Outcome::RolledBack && failure == Failure::Exited {
+            cause = cause.replace(" before it was ready", " within the trial");
+        }
+        let Some(attempt) = self.attempt.take() else { return };
+        let (pid, generation) = (std::process::id(), self.shared.generation);
+        // What `Plan` says is a whole sentence of its own.
+        let what = match failure {
+            Failure::NotSpawned => cause,
+            _ => format!("the new build {cause}"),
+        };
+        let serves = match failure {
+            Failure::Stopped => format!("process {pid} is draining"),
+            _ if outcome == Outcome::RolledBack => format!("process {pid} (generation {generation}) accepts again"),
+            _ => format!("process {pid} (generation {generation}) serves on"),
+        };
+        let verdict = if outcome == Outcome::RolledBack { "rolled back" } else { "not upgraded" };
+        let result = ResultEvent {
+            at_ms: Some(attempt.elapsed_ms()),
+            pid: Some(pid.cast_signed()),
+            generation: Some(generation),
+            failure: Some(what.clone()),
+            ..ResultEvent::new(outcome, format!("{verdict}: {what}; {serves}"))
+        };
+        let deadline = Instant::now() + Report::PATIENCE;
+        // One that pulled is not ours to wait for.
+        let process = attempt.process.filter(|_| attempt.origin == Origin::Push);
+        let (requester, stderr) = (attempt.requester, attempt.stderr);
+        self.reports.push(Report { result, requester, process, stderr, deadline });
+    }
+
+    fn begin_drain(&mut self) {
+        self.shared.gate.close();
+        let deadline = self.duration(Timer::Drain).map(|timeout| Instant::now() + timeout);
+        let upgraded = self.drain.upgraded;
+        log::info!("draining {} connections", self.shared.connections.open());
+        self.shared.connections.watch_for_idle();
+        self.shared.phase.update(|phase| phase.begin_drain(upgraded, deadline));
+        run_drain_hooks(&self.shared);
+    }
+
+    fn cut(&mut self) {
+        if self.drain.cut.is_none() {
+            let cut = self.shared.connections.cut();
+            log::warn!("{cut} connections were still open at the drain deadline and are closed");
+            self.drain.cut = Some(cut);
+            self.timers.cut_grace = Some(Instant::now() + CUT_GRACE);
+            self.shared.phase.update(|phase| phase.deadline_passed());
+        }
+    }
+
+    /// No connection is left and every hook has returned; after a cut the hooks are not waited for.
+    pub(super) fn check_idle(&mut self) {
+        let draining = self.upgrade.stage() == crate::upgrade::Stage::Draining;
+        if draining && (self.drain.hooks_done || self.drain.cut.is_some()) && self.shared.connections.open() == 0 {
+            self.timers.cut_grace = None;
+            self.tell_old_side(Event::Idle);
+        }
+    }
+
+    /// Everything is told before the application may exit.
+    fn finish(&mut self) {
+        let (upgraded, cut) = (self.drain.upgraded, self.drain.cut.unwrap_or(0));
+        log::info!("drained");
+        self.unlink_paths();
+        self.answer_drained(cut);
+        self.remove_control_socket();
+        self.shared.phase.update(|phase| phase.drained = Some(Drained { upgraded, cut }));
+    }
+
+    pub(super) fn announce(&mut self, progress: Progress) {
+        self.announce_stage(progress);
+        if progress == Progress::Committed {
+            self.answer_if_waiting(Wait::Ready);
+        }
+        if progress == Progress::Healthy {
+            self.answer_if_waiting(Wait::Healthy);
+        }
+    }
+}
+
+fn has_something_waiting(entry: &Entry) -> bool {
+    let Some(fd) = entry.socket.fd() else { return false };
+    match entry.kind {
+        Kind::Tcp => sys::accept_backlog(fd.as_fd()).is_ok_and(|waiting| waiting > 0),
+        _ => crate::poll::wait(fd.as_fd(), PollFlags::POLLIN, Some(Instant::now())).unwrap_or(false),
+    }
+}
+
+/// On a thread of their own: the application's code may take until the drain deadline.
+fn run_drain_hooks(shared: &Arc<Shared>) {
+    let hooks = shared.take_drain_hooks();
+    if hooks.is_empty() {
+        return shared.command(Command::DrainHooksDone);
+    }
+    let for_thread = shared.clone();
+    let run = move || {
+        for hook in hooks {
+            if catch_unwind(AssertUnwindSafe(hook)).is_err() {
+                log::error!("a drain hook panicked");
+            }
+        }
+        for_thread.command(Command::DrainHooksDone);
+    };
+    if let Err(error) = std::thread::Builder::new().name("handover-drain".into()).spawn(run) {
+        log::error!("drain hooks are not run, for want of a thread: {error}");
+        shared.command(Command::DrainHooksDone);
+    }
+}

@@ -1,0 +1,80 @@
+//! Signals as something to poll. The handlers set a flag and write a byte; both are async-signal-safe.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use signal_hook::SigId;
+use signal_hook::{flag, low_level};
+
+use crate::config::Signals;
+use crate::error::Error;
+
+pub(crate) struct SignalPipe {
+    reader: UnixStream,
+    upgrade: Arc<AtomicBool>,
+    /// One for each signal, so that SIGTERM and SIGINT at the same time are two.
+    stops: Vec<Arc<AtomicBool>>,
+    registered: Vec<SigId>,
+}
+
+/// What has come since the last look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Caught {
+    pub(crate) upgrade: bool,
+    pub(crate) stops: usize,
+}
+
+impl SignalPipe {
+    /// Installs the handlers. Earlier ones of the application are called as well.
+    pub(crate) fn install(signals: &Signals) -> Result<Option<Self>, Error> {
+        if signals.upgrade.is_empty() && signals.stop.is_empty() {
+            return Ok(None);
+        }
+        let failed = |error: io::Error| Error::io("install signal handlers", error);
+        let (reader, writer) = UnixStream::pair().map_err(failed)?;
+        reader.set_nonblocking(true).map_err(failed)?;
+        let mut pipe = Self { reader, upgrade: Arc::default(), stops: vec![], registered: vec![] };
+        for signal in &signals.upgrade {
+            pipe.register(*signal, pipe.upgrade.clone(), &writer).map_err(failed)?;
+        }
+        for signal in &signals.stop {
+            let flag = Arc::new(AtomicBool::new(false));
+            pipe.stops.push(flag.clone());
+            pipe.register(*signal, flag, &writer).map_err(failed)?;
+        }
+        Ok(Some(pipe))
+    }
+
+    /// The flag is set before the byte is written, because handlers run in the order of their registration.
+    fn register(&mut self, signal: i32, raised: Arc<AtomicBool>, writer: &UnixStream) -> io::Result<()> {
+        self.registered.push(flag::register(signal, raised)?);
+        self.registered.push(low_level::pipe::register(signal, writer.try_clone()?)?);
+        Ok(())
+    }
+
+    pub(crate) fn take(&mut self) -> Caught {
+        let mut bytes = [0; 64];
+        while self.reader.read(&mut bytes).is_ok_and(|count| count > 0) {}
+        Caught {
+            upgrade: self.upgrade.swap(false, Ordering::SeqCst),
+            stops: self.stops.iter().filter(|flag| flag.swap(false, Ordering::SeqCst)).count(),
+        }
+    }
+}
+
+impl Drop for SignalPipe {
+    fn drop(&mut self) {
+        for id in self.registered.drain(..) {
+            low_level::unregister(id);
+        }
+    }
+}
+
+impl AsFd for SignalPipe {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reader.as_fd()
+    }
+}

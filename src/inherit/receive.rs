@@ -1,0 +1,191 @@
+//! Receiving the offer, and checking that it is what it says.
+
+use std::env;
+use std::io::{self, Read, Seek};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use socket2::SockRef;
+
+use crate::channel::{Broken, Channel};
+use crate::control::{Client, Target};
+use crate::error::{Error, ErrorKind};
+use crate::listeners::{Inherited, Source, address_of_offered, kind_of};
+use crate::protocol::{
+    AdoptedListener, CHANNEL_VARIABLE, DrainingGeneration, Message, Offer, OfferedListener, STATE_BYTES_MAX, VERSIONS,
+};
+use crate::state::HandedState;
+use crate::sys;
+
+/// The old process has made the offer before it looks for an answer.
+const OFFER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What an old process has handed over, and the channel to it.
+pub(crate) struct Handed {
+    pub(crate) channel: Channel,
+    pub(crate) parts: HandedParts,
+}
+
+pub(crate) struct HandedParts {
+    pub(crate) generation: u64,
+    pub(crate) inherited: Vec<Inherited>,
+    pub(crate) state: Option<HandedState>,
+    pub(crate) stderr: Option<OwnedFd>,
+    /// The old process, and those before it that still drain.
+    pub(crate) older: Vec<DrainingGeneration>,
+}
+
+/// The handover that this process was spawned for, if it was.
+///
+/// `None` also when the old process died before it had handed everything over: then this process is a first generation.
+pub(crate) fn from_environment() -> Result<Option<Handed>, Error> {
+    let Some(stream) = channel_from_environment() else { return Ok(None) };
+    let handed = receive(stream, None, "take the handover of the old process")?;
+    if handed.is_none() {
+        log::warn!("the old process died before it had handed over its listeners: starting afresh");
+    }
+    Ok(handed)
+}
+
+/// Asks a running process for its listeners.
+pub(crate) fn by_pull(target: &Target) -> Result<Handed, Error> {
+    let client = Client::connect(target)?;
+    let pid = client.pid();
+    let (stream, _) = client.take_over()?;
+    let tried = format!("take over from {target}");
+    let handed = receive(stream, Some(pid), &tried)?;
+    handed.ok_or_else(|| Error::new(ErrorKind::Failed, tried, "it died before it had handed over its listeners"))
+}
+
+/// `HANDOVER_FD=number:inode`. The inode tells a channel from whatever else has that number in a process that has
+/// inherited the variable and not the fd.
+fn channel_from_environment() -> Option<UnixStream> {
+    let value = env::var(CHANNEL_VARIABLE).ok()?;
+    let channel = (|| {
+        let (number, inode) = value.split_once(':')?;
+        let (number, inode): (i32, u64) = (number.parse().ok()?, inode.parse().ok()?);
+        let link = std::fs::read_link(format!("/proc/self/fd/{number}")).ok()?;
+        // Before the fd is touched: it may be somebody else's.
+        (link.to_str()? == format!("socket:[{inode}]")).then_some(())?;
+        let fd = sys::fd_from_environment(number)?;
+        let file = std::fs::File::from(fd);
+        let right_inode = file.metadata().ok()?.ino() == inode;
+        right_inode.then(|| UnixStream::from(OwnedFd::from(file)))
+    })();
+    if channel.is_none() {
+        log::debug!("{CHANNEL_VARIABLE}={value} is a left-over of an ancestor: ignored");
+    }
+    channel
+}
+
+fn receive(stream: UnixStream, old_pid: Option<i32>, tried: &str) -> Result<Option<Handed>, Error> {
+    let failed = |cause: String| Error::new(ErrorKind::Failed, tried, cause);
+    let mut channel = Channel::new(stream).map_err(|error| Error::io(tried, error))?;
+    let (offer, fds) = match channel.receive_offer(Instant::now() + OFFER_TIMEOUT) {
+        Ok(Some(offered)) => offered,
+        Ok(None) => return Ok(None),
+        Err(broken) => {
+            let reason = match &broken {
+                Broken::Malformed(malformed) => format!("the old process sent {malformed}"),
+                Broken::Io(error) => format!("the offer could not be received: {error}"),
+            };
+            refuse(&mut channel, &reason, false);
+            return Err(failed(reason));
+        }
+    };
+    let Some(version) = VERSIONS.common(offer.protocol) else {
+        let reason = format!(
+            "the old process speaks protocol versions {}, this build speaks {}: upgrade by way of a build that speaks both",
+            offer.protocol, VERSIONS
+        );
+        refuse(&mut channel, &reason, true);
+        return Err(failed(reason));
+    };
+    match check(offer, fds, old_pid) {
+        Ok(parts) => {
+            let listeners = parts.inherited.iter();
+            let listeners = listeners.map(|one| AdoptedListener { name: one.name.clone(), cookie: one.cookie }).collect();
+            // If the old process is gone, its end of the channel says so to the engine.
+            if let Err(broken) = channel.send(Message::Adopted { protocol: version, listeners }, vec![]) {
+                log::debug!("the old process {broken}");
+            }
+            Ok(Some(Handed { channel, parts }))
+        }
+        Err(reason) => {
+            refuse(&mut channel, &reason, false);
+            Err(failed(reason))
+        }
+    }
+}
+
+fn refuse(channel: &mut Channel, reason: &str, versions: bool) {
+    let protocol = versions.then_some(VERSIONS);
+    let _ = channel.send(Message::Refused { reason: reason.to_owned(), protocol }, vec![]);
+}
+
+fn check(offer: Offer, fds: Vec<OwnedFd>, old_pid: Option<i32>) -> Result<HandedParts, String> {
+    let mut fds = fds.into_iter();
+    let mut inherited = Vec::with_capacity(offer.listeners.len());
+    for (listener, fd) in offer.listeners.into_iter().zip(&mut fds) {
+        let name = listener.name.clone();
+        inherited.push(adopt(listener, fd).map_err(|reason| format!("listener `{name}`: {reason}"))?);
+    }
+    let state = match offer.state {
+        None => None,
+        Some(state) => fds.next().map(|fd| read_state(state.version, state.length, fd)).transpose()?,
+    };
+    let stderr = if offer.stderr { fds.next() } else { None };
+    let old = DrainingGeneration {
+        pid: old_pid.unwrap_or(offer.pid),
+        generation: offer.generation.saturating_sub(1),
+    };
+    let older = std::iter::once(old).chain(offer.draining).collect();
+    Ok(HandedParts { generation: offer.generation, inherited, state, stderr, older })
+}
+
+fn adopt(listener: OfferedListener, fd: OwnedFd) -> Result<Inherited, String> {
+    let io = |error: io::Error| error.to_string();
+    let socket = SockRef::from(&fd);
+    let cookie = socket.cookie().map_err(io)?;
+    if cookie != listener.cookie {
+        return Err(format!("the socket received has cookie {cookie} instead of {}", listener.cookie));
+    }
+    let kind = kind_of(fd.as_fd()).map_err(io)?;
+    if kind != Some(listener.kind) {
+        return Err(format!("the socket received is not of kind {}", listener.kind));
+    }
+    // The flag belongs to the open file description, so this undoes what anybody else has done to it.
+    socket.set_nonblocking(true).map_err(io)?;
+    let address = address_of_offered(listener.kind, &listener.address, fd.as_fd()).map_err(io)?;
+    Ok(Inherited {
+        name: listener.name,
+        kind: listener.kind,
+        address,
+        cookie,
+        path: listener.path,
+        backlog: listener.backlog,
+        source: Source::HandedOver,
+        activated: listener.activated,
+        fd,
+    })
+}
+
+fn read_state(version: u32, length: u64, fd: OwnedFd) -> Result<HandedState, String> {
+    if length > STATE_BYTES_MAX {
+        return Err(format!("a state of {length} bytes, more than {STATE_BYTES_MAX}"));
+    }
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = std::fs::File::from(fd);
+        file.rewind()?;
+        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or_default());
+        file.take(length).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().map_err(|error| format!("the state cannot be read: {error}"))?;
+    if bytes.len() as u64 != length {
+        return Err(format!("a state of {} bytes instead of {length}", bytes.len()));
+    }
+    Ok(HandedState { version, bytes })
+}

@@ -1,0 +1,37 @@
+//! LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES: sockets from systemd or whoever speaks its convention (sd_listen_fds(3)).
+
+use std::env;
+
+use crate::listeners::Inherited;
+use crate::protocol::FDS_MAX;
+use crate::sys;
+
+const FIRST_FD: i32 = 3;
+
+/// The sockets that a service manager has passed to this very process. What is no socket, or no kind of listener, is
+/// passed over.
+pub(crate) fn from_environment() -> Vec<Inherited> {
+    let number = |name: &str| env::var(name).ok()?.parse::<usize>().ok();
+    // Another process's variable, inherited by us, is none of our business.
+    if number("LISTEN_PID") != usize::try_from(std::process::id()).ok() {
+        return vec![];
+    }
+    let count = number("LISTEN_FDS").unwrap_or(0).min(FDS_MAX);
+    let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let mut names = names.split(':');
+    let mut found = Vec::new();
+    for index in 0..count {
+        let name = names.next().filter(|name| !name.is_empty()).unwrap_or("unknown").to_owned();
+        let Some(fd) = i32::try_from(index).ok().and_then(|index| sys::fd_from_environment(FIRST_FD + index)) else {
+            log::warn!("LISTEN_FDS={count}, but fd {} is not open", FIRST_FD as usize + index);
+            continue;
+        };
+        let nonblocking = socket2::SockRef::from(&fd).set_nonblocking(true);
+        match nonblocking.and_then(|()| Inherited::activated(name.clone(), fd)) {
+            Ok(Some(inherited)) => found.push(inherited),
+            Ok(None) => log::warn!("`{name}` of LISTEN_FDS is not of a kind that handover serves: ignored"),
+            Err(error) => log::warn!("`{name}` of LISTEN_FDS is ignored: {error}"),
+        }
+    }
+    found
+}

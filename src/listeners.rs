@@ -1,0 +1,426 @@
+//! The named set of listeners: what was handed over, what is claimed, what was bound afresh.
+
+mod bind;
+mod options;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+use socket2::SockRef;
+
+pub use options::{TcpOptions, UnixOptions};
+
+use crate::error::{Error, ErrorKind};
+use crate::gate::{Gate, GatedSocket};
+use crate::protocol::{Claims, Kind, OfferedListener, PathIdentity, name_is_valid};
+
+/// Where a socket is bound.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Address {
+    Ip(SocketAddr),
+    Path(PathBuf),
+    Abstract(Vec<u8>),
+}
+
+impl Address {
+    /// A Unix address as people write it: a path, or `@name` for the abstract namespace.
+    pub(crate) fn unix(text: &Path) -> Self {
+        match text.as_os_str().as_bytes().strip_prefix(b"@") {
+            Some(name) => Self::Abstract(name.to_vec()),
+            None => Self::Path(text.to_path_buf()),
+        }
+    }
+
+    pub(crate) fn of(socket: BorrowedFd<'_>) -> io::Result<Self> {
+        let address = SockRef::from(&socket).local_addr()?;
+        if let Some(ip) = address.as_socket() {
+            return Ok(Self::Ip(ip));
+        }
+        if let Some(name) = address.as_abstract_namespace() {
+            return Ok(Self::Abstract(name.to_vec()));
+        }
+        match address.as_pathname() {
+            Some(path) => Ok(Self::Path(path.to_path_buf())),
+            None => Err(io::Error::new(io::ErrorKind::InvalidInput, "the socket is not bound")),
+        }
+    }
+
+    /// Whether a socket at `self` is what somebody who asks for `wanted` means; port 0 means any port.
+    fn satisfies(&self, wanted: &Self) -> bool {
+        match (self, wanted) {
+            (Self::Ip(have), Self::Ip(want)) => {
+                have.ip() == want.ip() && (want.port() == 0 || want.port() == have.port())
+            }
+            _ => self == wanted,
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(address) => address.fmt(f),
+            Self::Path(path) => path.display().fmt(f),
+            Self::Abstract(name) => write!(f, "@{}", String::from_utf8_lossy(name)),
+        }
+    }
+}
+
+/// What sort of socket `fd` is; `None` for what can be no listener.
+pub(crate) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<Option<Kind>> {
+    let socket = SockRef::from(&fd);
+    let (domain, kind) = (socket.domain()?, socket.r#type()?);
+    let ip = domain == socket2::Domain::IPV4 || domain == socket2::Domain::IPV6;
+    Ok(match (ip, kind) {
+        (true, socket2::Type::STREAM) => Some(Kind::Tcp),
+        (true, socket2::Type::DGRAM) => Some(Kind::Udp),
+        (false, socket2::Type::STREAM) if domain == socket2::Domain::UNIX => Some(Kind::Unix),
+        (false, socket2::Type::DGRAM) if domain == socket2::Domain::UNIX => Some(Kind::UnixDatagram),
+        _ => None,
+    })
+}
+
+/// How a listener came to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Source {
+    /// From the old process.
+    HandedOver,
+    /// From a service manager, by LISTEN_FDS.
+    Activated,
+    /// Bound by this process.
+    Bound,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::HandedOver => "handed-over",
+            Self::Activated => "activated",
+            Self::Bound => "bound",
+        })
+    }
+}
+
+/// A socket that came with this process, before anybody has asked for it.
+pub(crate) struct Inherited {
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+    pub(crate) address: Address,
+    pub(crate) cookie: u64,
+    pub(crate) path: Option<PathIdentity>,
+    pub(crate) backlog: Option<u32>,
+    pub(crate) source: Source,
+    /// A service manager chose its address, now or generations ago: it is taken by name alone.
+    pub(crate) activated: bool,
+    pub(crate) fd: OwnedFd,
+}
+
+impl Inherited {
+    /// From an fd that a service manager passed.
+    pub(crate) fn activated(name: String, fd: OwnedFd) -> io::Result<Option<Self>> {
+        let Some(kind) = kind_of(fd.as_fd())? else { return Ok(None) };
+        let (address, cookie) = (Address::of(fd.as_fd())?, SockRef::from(&fd).cookie()?);
+        let source = Source::Activated;
+        Ok(Some(Self { name, kind, address, cookie, path: None, backlog: None, source, activated: true, fd }))
+    }
+}
+
+/// What to do with listeners that were handed over and that the new build does not ask for before it is ready.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Unclaimed {
+    /// Close them at commit. Connections that wait in their queues are reset when the old process is gone.
+    #[default]
+    Close,
+    /// Hold them, so that clients wait, and hand them on to the next generation.
+    Keep,
+    /// Fail the upgrade: `ready` returns an error.
+    Fail,
+}
+
+/// A listener of this process.
+pub(crate) struct Entry {
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+    pub(crate) address: Address,
+    pub(crate) cookie: u64,
+    pub(crate) path: Option<PathIdentity>,
+    pub(crate) backlog: Option<u32>,
+    pub(crate) source: Source,
+    activated: bool,
+    pub(crate) socket: Arc<GatedSocket>,
+    /// What is to be applied to the kept socket at commit.
+    pending: Pending,
+}
+
+/// Options of a listener that was handed over, where the new build asks for others.
+#[derive(Default)]
+struct Pending {
+    backlog: Option<u32>,
+    unix: Option<UnixOptions>,
+}
+
+impl Entry {
+    pub(crate) fn offered(&self) -> OfferedListener {
+        OfferedListener {
+            name: self.name.clone(),
+            kind: self.kind,
+            address: self.address.to_string(),
+            cookie: self.cookie,
+            path: self.path,
+            backlog: self.backlog,
+            activated: self.activated,
+        }
+    }
+}
+
+/// What a program asks for.
+pub(crate) struct Wanted<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) kind: Kind,
+    pub(crate) address: Address,
+    pub(crate) options: WantedOptions,
+}
+
+pub(crate) enum WantedOptions {
+    Tcp(TcpOptions),
+    Unix(UnixOptions),
+    Udp,
+}
+
+impl Wanted<'_> {
+    fn backlog(&self) -> Option<u32> {
+        match (self.kind, &self.options) {
+            (_, WantedOptions::Tcp(options)) => Some(options.backlog),
+            (Kind::Unix, WantedOptions::Unix(options)) => Some(options.backlog),
+            _ => None,
+        }
+    }
+
+    fn describe(&self) -> String {
+        format!("bind listener `{}` to {}", self.name, self.address)
+    }
+}
+
+/// All listeners of a process. [`claim`](Self::claim) is the only way in.
+pub(crate) struct Listeners {
+    /// By name; a service manager may give one name to several sockets.
+    inherited: BTreeMap<String, Vec<Inherited>>,
+    entries: BTreeMap<String, Entry>,
+}
+
+impl Listeners {
+    pub(crate) fn new(inherited: Vec<Inherited>) -> Self {
+        let mut by_name: BTreeMap<String, Vec<Inherited>> = BTreeMap::new();
+        for one in inherited {
+            by_name.entry(one.name.clone()).or_default().push(one);
+        }
+        Self { inherited: by_name, entries: BTreeMap::new() }
+    }
+
+    /// In the order of their names.
+    pub(crate) fn entries(&self) -> impl ExactSizeIterator<Item = &Entry> {
+        self.entries.values()
+    }
+
+    /// Takes a listener over by name, or binds it afresh.
+    pub(crate) fn claim(&mut self, wanted: &Wanted<'_>, gate: &Gate) -> Result<&Entry, Error> {
+        if !name_is_valid(wanted.name) {
+            let cause = "names have 1 to 255 bytes, no colon and no control characters";
+            return Err(Error::new(ErrorKind::Invalid, format!("name a listener {:?}", wanted.name), cause));
+        }
+        match self.entries.get(wanted.name) {
+            Some(_) => {
+                let cause = "this process has a listener of that name already";
+                let error = Error::new(ErrorKind::Invalid, wanted.describe(), cause);
+                Err(error.mend("give each listener its own name"))
+            }
+            None => {
+                let entry = match self.take_inherited(wanted) {
+                    Some(inherited) => keep(inherited, wanted, gate),
+                    None => self.bind(wanted, gate)?,
+                };
+                Ok(self.entries.entry(wanted.name.to_owned()).or_insert(entry))
+            }
+        }
+    }
+
+    /// By name and address first. What a service manager passed may have no names, or one name for several sockets:
+    /// there the name is enough, or the address is.
+    fn take_inherited(&mut self, wanted: &Wanted<'_>) -> Option<Inherited> {
+        let fits = |one: &Inherited| one.kind == wanted.kind && one.address.satisfies(&wanted.address);
+        let named_by_manager = |one: &Inherited| one.kind == wanted.kind && one.activated;
+        let found_by_manager = |one: &Inherited| one.activated && fits(one);
+        let by_name = self.inherited.get(wanted.name).and_then(|same_name| {
+            let position = same_name.iter().position(fits).or_else(|| same_name.iter().position(named_by_manager))?;
+            Some((wanted.name.to_owned(), position))
+        });
+        let (name, position) = by_name.or_else(|| {
+            let mut all = self.inherited.iter();
+            all.find_map(|(name, ones)| Some((name.clone(), ones.iter().position(found_by_manager)?)))
+        })?;
+        let ones = self.inherited.get_mut(&name)?;
+        let taken = ones.remove(position);
+        if ones.is_empty() {
+            self.inherited.remove(&name);
+        }
+        Some(taken)
+    }
+
+    fn bind(&self, wanted: &Wanted<'_>, gate: &Gate) -> Result<Entry, Error> {
+        let bound = bind::bind(wanted).map_err(|error| {
+            let in_use = error.cause_is(io::ErrorKind::AddrInUse);
+            match self.inherited.get(wanted.name).and_then(|same_name| same_name.first()) {
+                Some(moved) if in_use => error.mend(format!(
+                    "the listener was handed over with the address {}; while the old process holds that, an address \
+                     that overlaps it cannot be bound: use a name of its own and a port of its own, or `handover stop` \
+                     and start again",
+                    moved.address
+                )),
+                _ => error,
+            }
+        })?;
+        let socket = gate.guard(Arc::new(bound.fd));
+        Ok(Entry {
+            name: wanted.name.to_owned(),
+            kind: wanted.kind,
+            address: bound.address,
+            cookie: bound.cookie,
+            path: bound.path,
+            backlog: wanted.backlog(),
+            source: Source::Bound,
+            activated: false,
+            socket,
+            pending: Pending::default(),
+        })
+    }
+
+    /// What became of the listeners so far.
+    pub(crate) fn claims(&self) -> Claims {
+        let names = |source: &dyn Fn(Source) -> bool| {
+            self.entries().filter(|entry| source(entry.source)).map(|entry| entry.name.clone()).collect()
+        };
+        Claims {
+            kept: names(&|source| source != Source::Bound),
+            added: names(&|source| source == Source::Bound),
+            unclaimed: self.inherited.values().flatten().map(|one| one.name.clone()).collect(),
+        }
+    }
+
+    /// Applies what the new build wants different on the sockets it has kept. For commit: before it the sockets are
+    /// the old process's.
+    pub(crate) fn apply_pending(&mut self) {
+        for entry in self.entries.values_mut() {
+            let pending = std::mem::take(&mut entry.pending);
+            let Some(fd) = entry.socket.fd() else { continue };
+            if let Some(backlog) = pending.backlog {
+                match bind::listen(fd.as_fd(), backlog) {
+                    Ok(()) => entry.backlog = Some(backlog),
+                    Err(error) => log::warn!("listener `{}` keeps its old backlog: {error}", entry.name),
+                }
+            }
+            if let (Some(options), Address::Path(path)) = (pending.unix, &entry.address) {
+                if let Err(error) = bind::set_mode_and_owner(path, &options) {
+                    log::warn!("listener `{}` keeps its old mode and owner: {error}", entry.name);
+                }
+            }
+        }
+    }
+
+    /// Deals with what nobody has claimed; for commit.
+    pub(crate) fn settle_unclaimed(&mut self, policy: Unclaimed, gate: &Gate) {
+        for inherited in std::mem::take(&mut self.inherited).into_values().flatten() {
+            let taken = self.entries.contains_key(&inherited.name);
+            if policy == Unclaimed::Keep && !taken {
+                log::info!("listener `{}` at {} is kept unserved", inherited.name, inherited.address);
+                self.entries.insert(inherited.name.clone(), entry_of(inherited, gate));
+            } else {
+                log::warn!("listener `{}` at {} is not wanted any more: closed", inherited.name, inherited.address);
+                if let (Address::Path(path), Some(identity)) = (&inherited.address, inherited.path) {
+                    bind::unlink_if_ours(path, identity);
+                }
+            }
+        }
+    }
+
+    /// Lets go of what is left when an upgrade is refused to this process.
+    pub(crate) fn forget_inherited(&mut self) {
+        self.inherited.clear();
+    }
+
+    /// Removes the paths of Unix listeners, where they are still the ones that a generation of this service made. A
+    /// process that never owned what was handed over to it removes only what it bound itself.
+    pub(crate) fn unlink_paths(&self, owner: bool) {
+        for entry in self.entries().filter(|entry| owner || entry.source == Source::Bound) {
+            if let (Address::Path(path), Some(identity)) = (&entry.address, entry.path) {
+                bind::unlink_if_ours(path, identity);
+            }
+        }
+    }
+
+    /// Listeners on which the application waits for connections.
+    pub(crate) fn waited_on(&self) -> Vec<String> {
+        let waited = self.entries().filter(|entry| entry.socket.was_waited_on());
+        waited.map(|entry| entry.name.clone()).collect()
+    }
+}
+
+fn entry_of(inherited: Inherited, gate: &Gate) -> Entry {
+    Entry {
+        name: inherited.name,
+        kind: inherited.kind,
+        address: inherited.address,
+        cookie: inherited.cookie,
+        path: inherited.path,
+        backlog: inherited.backlog,
+        source: inherited.source,
+        activated: inherited.activated,
+        socket: gate.guard(Arc::new(inherited.fd)),
+        pending: Pending::default(),
+    }
+}
+
+fn keep(inherited: Inherited, wanted: &Wanted<'_>, gate: &Gate) -> Entry {
+    let mut entry = entry_of(inherited, gate);
+    wanted.name.clone_into(&mut entry.name);
+    if !entry.address.satisfies(&wanted.address) {
+        log::info!("listener `{}` is at {}, as the service manager says", entry.name, entry.address);
+    }
+    // A service manager sets backlog, mode and owner itself.
+    if !entry.activated {
+        entry.pending.backlog = wanted.backlog().filter(|backlog| entry.backlog.is_some_and(|old| old != *backlog));
+        if let (WantedOptions::Unix(options), Some(_)) = (&wanted.options, entry.path) {
+            entry.pending.unix = Some(options.clone());
+        }
+    }
+    if let (WantedOptions::Tcp(options), Some(fd), Address::Ip(SocketAddr::V6(_))) =
+        (&wanted.options, entry.socket.fd(), &entry.address)
+    {
+        let have = SockRef::from(&fd).only_v6();
+        if options.only_v6.is_some_and(|want| have.is_ok_and(|have| have != want)) {
+            log::warn!("listener `{}` keeps its old IPV6_V6ONLY: a bound socket cannot change it", entry.name);
+        }
+    }
+    entry
+}
+
+/// The address of a socket that was offered with `text`. Of a Unix socket the kernel is asked, since JSON carries no
+/// path that is not UTF-8.
+pub(crate) fn address_of_offered(kind: Kind, text: &str, socket: BorrowedFd<'_>) -> io::Result<Address> {
+    match (kind, text.parse()) {
+        (Kind::Tcp | Kind::Udp, Ok(address)) => Ok(Address::Ip(address)),
+        _ => Address::of(socket),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,348 @@
+//! Frames: encode, decode, limits. No I/O; `docs/protocol.md` is the specification.
+
+use serde::{Deserialize, Serialize};
+
+/// The kernel's `SCM_MAX_FD`.
+pub(crate) const FDS_PER_MESSAGE: usize = 253;
+/// The payload of each message that carries fds.
+pub(crate) const FD_BYTE: u8 = b'F';
+pub(crate) const HEADER_BYTES: usize = 16;
+pub(crate) const BODY_BYTES_MAX: usize = 4 << 20;
+pub(crate) const FDS_MAX: usize = 16_384;
+pub(crate) const STATE_BYTES_MAX: u64 = 64 << 20;
+pub(crate) const NAME_BYTES_MAX: usize = 255;
+/// The number of the channel's fd in the new process.
+pub(crate) const CHANNEL_FD: i32 = 3;
+pub(crate) const CHANNEL_VARIABLE: &str = "HANDOVER_FD";
+/// What this build speaks.
+pub(crate) const VERSIONS: Versions = Versions { min: 1, max: 1 };
+
+const MAGIC: [u8; 4] = *b"HNDO";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Versions {
+    pub(crate) min: u32,
+    pub(crate) max: u32,
+}
+
+impl Versions {
+    /// The highest version in both ranges.
+    pub(crate) fn common(self, other: Self) -> Option<u32> {
+        let version = self.max.min(other.max);
+        (version >= self.min && version >= other.min).then_some(version)
+    }
+}
+
+impl std::fmt::Display for Versions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} to {}", self.min, self.max)
+    }
+}
+
+/// What sort of socket a listener is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Kind {
+    /// A listening TCP socket, IPv4 or IPv6.
+    Tcp,
+    /// A listening Unix stream socket.
+    Unix,
+    /// A bound UDP socket.
+    Udp,
+    /// A bound Unix datagram socket.
+    UnixDatagram,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Unix => "unix",
+            Self::Udp => "udp",
+            Self::UnixDatagram => "unix-datagram",
+        })
+    }
+}
+
+/// Device and inode of a path that a generation of this service made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PathIdentity {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct OfferedListener {
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+    pub(crate) address: String,
+    pub(crate) cookie: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) path: Option<PathIdentity>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) backlog: Option<u32>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) activated: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct OfferedState {
+    pub(crate) version: u32,
+    pub(crate) length: u64,
+}
+
+/// A generation that no longer accepts and finishes its connections.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct DrainingGeneration {
+    /// Its process, in its own pid namespace.
+    pub pid: i32,
+    /// Its number.
+    pub generation: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Offer {
+    pub(crate) protocol: Versions,
+    pub(crate) generation: u64,
+    pub(crate) pid: i32,
+    pub(crate) listeners: Vec<OfferedListener>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) state: Option<OfferedState>,
+    #[serde(default)]
+    pub(crate) stderr: bool,
+    #[serde(default)]
+    pub(crate) draining: Vec<DrainingGeneration>,
+    #[serde(default)]
+    pub(crate) ready_timeout_ms: u64,
+    #[serde(default)]
+    pub(crate) trial_ms: u64,
+}
+
+impl Offer {
+    pub(crate) fn fd_count(&self) -> usize {
+        self.listeners.len() + usize::from(self.state.is_some()) + usize::from(self.stderr)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct AdoptedListener {
+    pub(crate) name: String,
+    pub(crate) cookie: u64,
+}
+
+/// What became of the listeners in a new generation, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Claims {
+    /// Taken over from the old process.
+    #[serde(default)]
+    pub kept: Vec<String>,
+    /// Bound afresh.
+    #[serde(default)]
+    pub added: Vec<String>,
+    /// Offered, but not asked for.
+    #[serde(default)]
+    pub unclaimed: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Message {
+    Offer(Offer),
+    Adopted { protocol: u32, listeners: Vec<AdoptedListener> },
+    Refused { reason: String, protocol: Option<Versions> },
+    Starting { reason: String },
+    GaveUp { reason: String },
+    Ready(Claims),
+    Commit,
+    Accepting { listeners: Vec<String> },
+    Settled,
+    Aborted { reason: String },
+    Stopping,
+}
+
+/// The bodies that have no type of their own, as they stand on the wire.
+#[derive(Serialize, Deserialize)]
+struct AdoptedBody {
+    protocol: u32,
+    listeners: Vec<AdoptedListener>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct RefusedBody {
+    reason: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    protocol: Option<Versions>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ReasonBody {
+    reason: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ListenersBody {
+    listeners: Vec<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct EmptyBody {}
+
+/// Why bytes are not a frame. The text completes "the other side sent …".
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Malformed(pub(crate) String);
+
+impl std::fmt::Display for Malformed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) kind: u16,
+    pub(crate) body_bytes: usize,
+    pub(crate) fds: usize,
+}
+
+impl Header {
+    pub(crate) fn decode(bytes: [u8; HEADER_BYTES]) -> Result<Self, Malformed> {
+        let [m0, m1, m2, m3, k0, k1, _, _, b0, b1, b2, b3, f0, f1, f2, f3] = bytes;
+        if [m0, m1, m2, m3] != MAGIC {
+            return Err(Malformed(format!("bytes that are no frame ({:?}…)", String::from_utf8_lossy(&bytes))));
+        }
+        let body_bytes = u32::from_be_bytes([b0, b1, b2, b3]) as usize;
+        let fds = u32::from_be_bytes([f0, f1, f2, f3]) as usize;
+        if body_bytes > BODY_BYTES_MAX {
+            return Err(Malformed(format!("a frame of {body_bytes} bytes, more than {BODY_BYTES_MAX}")));
+        }
+        if fds > FDS_MAX {
+            return Err(Malformed(format!("a frame of {fds} fds, more than {FDS_MAX}")));
+        }
+        Ok(Self { kind: u16::from_be_bytes([k0, k1]), body_bytes, fds })
+    }
+
+    fn encode(self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..4].copy_from_slice(&MAGIC);
+        bytes[4..6].copy_from_slice(&self.kind.to_be_bytes());
+        bytes[8..12].copy_from_slice(&(self.body_bytes as u32).to_be_bytes());
+        bytes[12..].copy_from_slice(&(self.fds as u32).to_be_bytes());
+        bytes
+    }
+}
+
+impl Message {
+    /// Its name in `docs/protocol.md`.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Offer(_) => "offer",
+            Self::Adopted { .. } => "adopted",
+            Self::Refused { .. } => "refused",
+            Self::Starting { .. } => "starting",
+            Self::GaveUp { .. } => "gave-up",
+            Self::Ready(_) => "ready",
+            Self::Commit => "commit",
+            Self::Accepting { .. } => "accepting",
+            Self::Settled => "settled",
+            Self::Aborted { .. } => "aborted",
+            Self::Stopping => "stopping",
+        }
+    }
+
+    fn kind(&self) -> u16 {
+        match self {
+            Self::Offer(_) => 1,
+            Self::Adopted { .. } => 2,
+            Self::Refused { .. } => 3,
+            Self::Starting { .. } => 4,
+            Self::GaveUp { .. } => 5,
+            Self::Ready(_) => 6,
+            Self::Commit => 7,
+            Self::Accepting { .. } => 8,
+            Self::Settled => 9,
+            Self::Aborted { .. } => 10,
+            Self::Stopping => 11,
+        }
+    }
+
+    fn fd_count(&self) -> usize {
+        match self {
+            Self::Offer(offer) => offer.fd_count(),
+            _ => 0,
+        }
+    }
+
+    /// Header and body; the fds follow as messages of their own. The error is that a bound would be broken.
+    pub(crate) fn encode(self) -> Result<Vec<u8>, Malformed> {
+        let (kind, fds) = (self.kind(), self.fd_count());
+        let body = match self {
+            Self::Offer(offer) => serde_json::to_vec(&offer),
+            Self::Adopted { protocol, listeners } => serde_json::to_vec(&AdoptedBody { protocol, listeners }),
+            Self::Refused { reason, protocol } => serde_json::to_vec(&RefusedBody { reason, protocol }),
+            Self::Starting { reason } | Self::GaveUp { reason } | Self::Aborted { reason } => {
+                serde_json::to_vec(&ReasonBody { reason })
+            }
+            Self::Ready(claims) => serde_json::to_vec(&claims),
+            Self::Accepting { listeners } => serde_json::to_vec(&ListenersBody { listeners }),
+            Self::Commit | Self::Settled | Self::Stopping => serde_json::to_vec(&EmptyBody {}),
+        };
+        let body = body.map_err(|error| Malformed(error.to_string()))?;
+        let header = Header { kind, body_bytes: body.len(), fds };
+        if body.len() > BODY_BYTES_MAX || fds > FDS_MAX {
+            return Err(Malformed(format!("{fds} listeners, which are more than a frame can carry")));
+        }
+        Ok([&header.encode()[..], &body].concat())
+    }
+
+    pub(crate) fn decode(header: Header, body: &[u8]) -> Result<Self, Malformed> {
+        fn parse<'a, T: Deserialize<'a>>(kind: u16, body: &'a [u8]) -> Result<T, Malformed> {
+            // serde takes a JSON array for a struct as well; the page says object.
+            if body.first() != Some(&b'{') {
+                return Err(Malformed(format!("a frame of kind {kind} whose body is no JSON object")));
+            }
+            serde_json::from_slice(body).map_err(|error| Malformed(format!("a bad frame of kind {kind}: {error}")))
+        }
+        let kind = header.kind;
+        let message = match kind {
+            1 => Self::Offer(parse(kind, body)?),
+            2 => {
+                let AdoptedBody { protocol, listeners } = parse(kind, body)?;
+                Self::Adopted { protocol, listeners }
+            }
+            3 => {
+                let RefusedBody { reason, protocol } = parse(kind, body)?;
+                Self::Refused { reason, protocol }
+            }
+            4 => Self::Starting { reason: parse::<ReasonBody>(kind, body)?.reason },
+            5 => Self::GaveUp { reason: parse::<ReasonBody>(kind, body)?.reason },
+            6 => Self::Ready(parse(kind, body)?),
+            7 => parse::<EmptyBody>(kind, body).map(|_| Self::Commit)?,
+            8 => Self::Accepting { listeners: parse::<ListenersBody>(kind, body)?.listeners },
+            9 => parse::<EmptyBody>(kind, body).map(|_| Self::Settled)?,
+            10 => Self::Aborted { reason: parse::<ReasonBody>(kind, body)?.reason },
+            11 => parse::<EmptyBody>(kind, body).map(|_| Self::Stopping)?,
+            _ => {
+                return Err(Malformed(format!(
+                    "a frame of kind {kind}, which version {} of the protocol does not have",
+                    VERSIONS.max
+                )));
+            }
+        };
+        if message.fd_count() != header.fds {
+            let (name, expected) = (message.name(), message.fd_count());
+            return Err(Malformed(format!("`{name}` with {} fds instead of {expected}", header.fds)));
+        }
+        Ok(message)
+    }
+}
+
+/// Whether a listener may have this name, which also stands in LISTEN_FDNAMES.
+pub(crate) fn name_is_valid(name: &str) -> bool {
+    let length = 1..=NAME_BYTES_MAX;
+    length.contains(&name.len()) && !name.contains(':') && !name.chars().any(char::is_control)
+}
+
+#[cfg(test)]
+mod tests;

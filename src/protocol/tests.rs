@@ -1,0 +1,140 @@
+use super::*;
+
+fn offer() -> Offer {
+    Offer {
+        protocol: VERSIONS,
+        generation: 2,
+        pid: 4100,
+        listeners: vec![
+            OfferedListener {
+                name: "http".into(),
+                kind: Kind::Tcp,
+                address: "0.0.0.0:8080".into(),
+                cookie: 8193,
+                path: None,
+                backlog: Some(4096),
+                activated: true,
+            },
+            OfferedListener {
+                name: "admin".into(),
+                kind: Kind::Unix,
+                address: "/run/app/admin.sock".into(),
+                cookie: 8194,
+                path: Some(PathIdentity { device: 26, inode: 1811 }),
+                backlog: None,
+                activated: false,
+            },
+        ],
+        state: Some(OfferedState { version: 3, length: 120 }),
+        stderr: true,
+        draining: vec![DrainingGeneration { pid: 4001, generation: 1 }],
+        ready_timeout_ms: 30_000,
+        trial_ms: 1000,
+    }
+}
+
+fn every_message() -> Vec<Message> {
+    vec![
+        Message::Offer(offer()),
+        Message::Adopted {
+            protocol: 1,
+            listeners: vec![AdoptedListener { name: "http".into(), cookie: u64::MAX }],
+        },
+        Message::Refused { reason: "too new".into(), protocol: Some(Versions { min: 2, max: 3 }) },
+        Message::Starting { reason: "warming the cache".into() },
+        Message::GaveUp { reason: "no database".into() },
+        Message::Ready(Claims {
+            kept: vec!["http".into()],
+            added: vec!["http2".into()],
+            unclaimed: vec!["admin".into()],
+        }),
+        Message::Commit,
+        Message::Accepting { listeners: vec!["http".into()] },
+        Message::Settled,
+        Message::Aborted { reason: "stopped".into() },
+        Message::Stopping,
+    ]
+}
+
+fn decode(bytes: &[u8]) -> Result<Message, Malformed> {
+    let (header, body) = bytes.split_first_chunk::<HEADER_BYTES>().expect("a header");
+    let header = Header::decode(*header)?;
+    assert_eq!(header.body_bytes, body.len());
+    Message::decode(header, body)
+}
+
+#[test]
+fn every_message_survives_the_wire() {
+    for message in every_message() {
+        assert_eq!(decode(&message.clone().encode().unwrap()), Ok(message));
+    }
+}
+
+/// Frames of released versions must be understood for ever. `HANDOVER_RECORD=1` writes those of the current one.
+#[test]
+fn recorded_frames_decode() {
+    let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/frames/1");
+    if std::env::var_os("HANDOVER_RECORD").is_some() {
+        std::fs::create_dir_all(&directory).unwrap();
+        for message in every_message() {
+            std::fs::write(directory.join(message.name()), message.encode().unwrap()).unwrap();
+        }
+    }
+    for message in every_message() {
+        let recorded = std::fs::read(directory.join(message.name())).unwrap();
+        assert_eq!(decode(&recorded), Ok(message));
+    }
+}
+
+#[test]
+fn unknown_fields_are_ignored_and_unknown_kinds_refused() {
+    let body = br#"{"reason":"x","since":"version 7"}"#;
+    let header = Header { kind: 4, body_bytes: body.len(), fds: 0 };
+    assert_eq!(Message::decode(header, body), Ok(Message::Starting { reason: "x".into() }));
+    let error = Message::decode(Header { kind: 77, ..header }, body).unwrap_err();
+    assert!(error.0.contains("kind 77"), "{error}");
+}
+
+#[test]
+fn bounds_and_magic_are_enforced() {
+    let good = Header { kind: 7, body_bytes: 2, fds: 0 };
+    assert_eq!(Header::decode(good.encode()), Ok(good));
+    for bad in [Header { body_bytes: BODY_BYTES_MAX + 1, ..good }, Header { fds: FDS_MAX + 1, ..good }] {
+        assert!(Header::decode(bad.encode()).is_err());
+    }
+    assert!(Header::decode(*b"GET / HTTP/1.1\r\n").is_err());
+}
+
+#[test]
+fn a_count_of_fds_that_does_not_fit_the_body_is_refused() {
+    let body = serde_json::to_vec(&offer()).unwrap();
+    for fds in [0, 3, 5] {
+        let error = Message::decode(Header { kind: 1, body_bytes: body.len(), fds }, &body).unwrap_err();
+        assert!(error.0.contains("instead of 4"), "{error}");
+    }
+    assert!(Message::decode(Header { kind: 7, body_bytes: 2, fds: 1 }, b"{}").is_err());
+}
+
+#[test]
+fn bodies_that_are_no_objects_are_refused() {
+    for body in [&b"[]"[..], b"", b"null", b"{", b"[\"x\"]"] {
+        assert!(Message::decode(Header { kind: 4, body_bytes: body.len(), fds: 0 }, body).is_err(), "{body:?}");
+    }
+}
+
+#[test]
+fn the_highest_common_version_is_chosen() {
+    let range = |min, max| Versions { min, max };
+    assert_eq!(range(1, 3).common(range(2, 9)), Some(3));
+    assert_eq!(range(4, 9).common(range(1, 4)), Some(4));
+    assert_eq!(range(1, 1).common(range(2, 3)), None);
+}
+
+#[test]
+fn names_fit_into_listen_fdnames() {
+    assert!(name_is_valid("http"));
+    assert!(name_is_valid("ünïcode name"));
+    for bad in ["", "a:b", "a\nb", &"x".repeat(256)] {
+        assert!(!name_is_valid(bad), "{bad:?}");
+    }
+}

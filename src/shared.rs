@@ -1,0 +1,219 @@
+//! What the application's threads and the engine share.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::config::Config;
+use crate::connections::Connections;
+use crate::control::BuildIdentity;
+use crate::engine::Command;
+use crate::error::Error;
+use crate::gate::Gate;
+use crate::inherit::receive::HandedParts;
+use crate::listeners::{Inherited, Listeners};
+use crate::state::HandedState;
+use crate::upgrade::spawn::Started;
+use crate::watch::{Watch, lock};
+
+type StateProvider = Box<dyn Fn() -> HandedState + Send>;
+type DrainHook = Box<dyn FnOnce() + Send>;
+
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) generation: u64,
+    pub(crate) started: Started,
+    pub(crate) since: SystemTime,
+    executable: PathBuf,
+    pub(crate) gate: Gate,
+    pub(crate) connections: Arc<Connections>,
+    pub(crate) phase: Arc<Watch<Phase>>,
+    /// Makes the engine look at its commands, and at what else may have changed.
+    pub(crate) wake: Arc<EventFd>,
+    /// Readable once this process drains: for threads that wait for a connection and for this.
+    pub(crate) draining_event: EventFd,
+    listeners: Mutex<Listeners>,
+    commands: Mutex<VecDeque<Command>>,
+    handed_state: Mutex<Option<HandedState>>,
+    state_provider: Mutex<Option<StateProvider>>,
+    drain_hooks: Mutex<Vec<DrainHook>>,
+    spread: AtomicU32,
+}
+
+/// How far this process is, as the application sees it.
+#[derive(Debug)]
+pub(crate) struct Phase {
+    pub(crate) ownership: Ownership,
+    pub(crate) draining: Option<DrainPhase>,
+    pub(crate) drained: Option<Drained>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Ownership {
+    Pending,
+    Owner,
+    /// With the reason.
+    Refused(String),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DrainPhase {
+    pub(crate) upgraded: bool,
+    pub(crate) begun: Instant,
+    /// None: for ever.
+    pub(crate) deadline: Option<Instant>,
+}
+
+/// How the life of a process ended that has drained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Drained {
+    /// A new process has taken over. Otherwise this one was told to stop, and the service ends with it.
+    pub upgraded: bool,
+    /// Connections that were still open at the drain deadline and were closed.
+    pub cut: usize,
+}
+
+impl Phase {
+    pub(crate) fn begin_drain(&mut self, upgraded: bool, deadline: Option<Instant>) {
+        self.draining = Some(DrainPhase { upgraded, begun: Instant::now(), deadline });
+    }
+
+    /// What was open has been cut.
+    pub(crate) fn deadline_passed(&mut self) {
+        if let Some(draining) = &mut self.draining {
+            draining.deadline = Some(Instant::now());
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(
+        config: Config,
+        started: Started,
+        handed: Option<&mut HandedParts>,
+        activated: Vec<Inherited>,
+    ) -> Result<Self, Error> {
+        let failed = |error: io::Error| Error::io("prepare for upgrades", error);
+        let event = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let wake = Arc::new(event().map_err(|error| failed(error.into()))?);
+        let wake_on = |wake: &Arc<EventFd>| {
+            let wake = wake.clone();
+            move || {
+                let _ = wake.write(1);
+            }
+        };
+        let mut generation = 1;
+        let (mut inherited, mut state) = (activated, None);
+        if let Some(parts) = handed {
+            generation = parts.generation;
+            inherited = std::mem::take(&mut parts.inherited);
+            state = parts.state.take();
+        }
+        let ownership = Ownership::Pending;
+        Ok(Self {
+            config,
+            generation,
+            started,
+            since: SystemTime::now(),
+            executable: std::env::current_exe().unwrap_or_default(),
+            gate: Gate::new(wake_on(&wake)).map_err(failed)?,
+            connections: Arc::new(Connections::new(wake_on(&wake))),
+            phase: Arc::new(Watch::new(Phase { ownership, draining: None, drained: None })),
+            draining_event: event().map_err(|error| failed(error.into()))?,
+            wake,
+            listeners: Mutex::new(Listeners::new(inherited)),
+            commands: Mutex::default(),
+            handed_state: Mutex::new(state),
+            state_provider: Mutex::default(),
+            drain_hooks: Mutex::default(),
+            spread: AtomicU32::new(0),
+        })
+    }
+
+    pub(crate) fn listeners(&self) -> MutexGuard<'_, Listeners> {
+        lock(&self.listeners)
+    }
+
+    pub(crate) fn command(&self, command: Command) {
+        lock(&self.commands).push_back(command);
+        self.wake_engine();
+    }
+
+    pub(crate) fn wake_engine(&self) {
+        // It fails only when the counter is full, and then the engine is awake.
+        let _ = self.wake.write(1);
+    }
+
+    pub(crate) fn next_command(&self) -> Option<Command> {
+        lock(&self.commands).pop_front()
+    }
+
+    pub(crate) fn handed_state(&self) -> Option<HandedState> {
+        lock(&self.handed_state).take()
+    }
+
+    pub(crate) fn set_state_provider(&self, provider: StateProvider) {
+        *lock(&self.state_provider) = Some(provider);
+    }
+
+    /// The application's state for the new process. Its code runs here; a panic of it fails the upgrade only.
+    pub(crate) fn take_state_of_application(&self) -> Result<Option<HandedState>, String> {
+        let provider = lock(&self.state_provider);
+        let Some(provider) = provider.as_ref() else { return Ok(None) };
+        catch_unwind(AssertUnwindSafe(provider)).map(Some).map_err(|_| {
+            "cannot get the state: the application's function for it panicked".to_owned()
+        })
+    }
+
+    /// Runs the hook at once if the drain has begun already.
+    pub(crate) fn add_drain_hook(&self, hook: DrainHook) {
+        let mut hooks = lock(&self.drain_hooks);
+        if self.phase.read(|phase| phase.draining.is_none()) {
+            hooks.push(hook);
+        } else {
+            drop(hooks);
+            hook();
+        }
+    }
+
+    pub(crate) fn take_drain_hooks(&self) -> Vec<DrainHook> {
+        let _ = self.draining_event.write(1);
+        std::mem::take(&mut *lock(&self.drain_hooks))
+    }
+
+    /// When a connection that has been silent since the drain began is to be closed: after `linger`, and up to as much
+    /// again, so that the clients of a busy server do not all come back at once.
+    pub(crate) fn linger_deadline(&self, drain_begun: Instant) -> Instant {
+        let linger = self.config.linger;
+        // Multiples of the golden ratio fall evenly, however many there are.
+        let number = self.spread.fetch_add(1, Ordering::Relaxed);
+        let share = f64::from(number.wrapping_mul(2_654_435_769)) / f64::from(u32::MAX);
+        drain_begun + linger + linger.mul_f64(share)
+    }
+
+    /// The running build. `/proc/self/exe` is its inode whatever has happened to the path since.
+    pub(crate) fn build_identity(&self) -> BuildIdentity {
+        let mut identity = BuildIdentity { path: self.executable.clone(), ..BuildIdentity::default() };
+        if let Ok(metadata) = fs::metadata("/proc/self/exe") {
+            identity.device = metadata.dev();
+            identity.inode = metadata.ino();
+            identity.size = metadata.len();
+            identity.modified_unix_ms = metadata.modified().map(unix_ms).unwrap_or_default();
+        }
+        identity
+    }
+}
+
+pub(crate) fn unix_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,14 @@
+//! Every `unsafe` block of the crate, behind functions that are safe to call.
+//!
+//! What `nix`, `socket2` and `sendfd` already wrap is used from there. Here is only what they lack: `posix_spawn` with
+//! a working directory, pidfds, fds that arrive by number or by message, and two socket options.
+
+mod fds;
+mod pidfd;
+mod socket;
+mod spawn;
+
+pub(crate) use fds::{FdTable, dup_at_least, fd_from_environment, receive_fds, replace_stderr};
+pub(crate) use pidfd::{pidfd_of_peer, pidfd_open, pidfd_send_signal};
+pub(crate) use socket::{accept_backlog, receive_from, unread_bytes};
+pub(crate) use spawn::{SpawnRequest, spawn};

@@ -1,0 +1,163 @@
+//! Looking at the new build before it is started, and explaining why it could not be.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::{AccessFlags, eaccess};
+
+use crate::error::{Error, ErrorKind};
+
+/// What can be known without running it: exists, is a file, is executable, is not writable by strangers.
+pub(crate) fn check(program: &Path) -> Result<(), Error> {
+    let tried = || format!("start the new build `{}`", program.display());
+    let refuse = |cause: String, mend: &str| Err(Error::new(ErrorKind::NotUpgraded, tried(), cause).mend(mend));
+    let metadata = match fs::metadata(program) {
+        Ok(metadata) => metadata,
+        Err(error) => {
+            let error = Error::io(tried(), error).with_kind(ErrorKind::NotUpgraded);
+            return Err(error.mend("put the new build there, or name another with --exe"));
+        }
+    };
+    if metadata.is_dir() {
+        return refuse("it is a directory".to_owned(), "name the program in it");
+    }
+    if !metadata.is_file() {
+        return refuse("it is no regular file".to_owned(), "name a program");
+    }
+    if let Err(error) = eaccess(program, AccessFlags::X_OK) {
+        return refuse(io::Error::from(error).to_string(), "is it executable? `chmod +x` makes it so");
+    }
+    if metadata.mode() & 0o002 != 0 {
+        let mode = metadata.mode() & 0o7777;
+        return refuse(format!("anybody may write to it (mode {mode:04o})"), "`chmod o-w` before it is run as this user");
+    }
+    let real = fs::canonicalize(program).unwrap_or_else(|_| program.to_path_buf());
+    let directory = real.parent().and_then(|parent| fs::metadata(parent).ok());
+    // In a sticky directory like /tmp others cannot replace the file.
+    if directory.is_some_and(|directory| directory.permissions().mode() & 0o1002 == 0o002) {
+        return refuse("anybody may replace it: its directory is writable to all".to_owned(), "`chmod o-w` the directory");
+    }
+    Ok(())
+}
+
+/// Why exec failed, where the error alone does not say.
+pub(crate) fn explain(program: &Path, directory: &Path, error: io::Error) -> Error {
+    let tried = format!("start the new build `{}`", program.display());
+    let code = error.raw_os_error();
+    let failed = Error::io(tried, error).with_kind(ErrorKind::NotUpgraded);
+    match code {
+        Some(libc::ENOENT | libc::ENOTDIR | libc::EACCES) if !directory.is_dir() => {
+            failed.mend(format!("its working directory {} is gone or not accessible", directory.display()))
+        }
+        Some(libc::ENOENT) => match interpreter(program) {
+            Some(missing) if !missing.exists() => {
+                failed.mend(format!("it needs the interpreter {}, which does not exist", missing.display()))
+            }
+            _ => failed,
+        },
+        Some(libc::ENOEXEC) => match architecture(program) {
+            Some(other) if other != std::env::consts::ARCH => {
+                failed.mend(format!("it is built for {other}, and this machine is {}", std::env::consts::ARCH))
+            }
+            Some(_) => failed.mend("the file is damaged or incomplete"),
+            None => failed.mend("it is neither an ELF program nor a script that begins with `#!`"),
+        },
+        Some(libc::ETXTBSY) => failed.mend("it is being written: install it with `mv`, not with `cp` over it"),
+        Some(libc::EAGAIN | libc::ENOMEM) => failed.mend("out of processes or memory: see `ulimit -u` and TasksMax="),
+        _ => failed,
+    }
+}
+
+/// The interpreter of a script, or the dynamic loader of an ELF program of 64 bits.
+fn interpreter(program: &Path) -> Option<PathBuf> {
+    let file = File::open(program).ok()?;
+    let mut start = Vec::new();
+    BufReader::new(file).take(4096).read_until(0xff, &mut start).ok()?;
+    if let Some(script) = start.strip_prefix(b"#!") {
+        let line = script.split(|byte| *byte == b'\n').next()?;
+        return Some(PathBuf::from(String::from_utf8_lossy(line).split_ascii_whitespace().next()?));
+    }
+    let loader = start.windows(4).position(|part| part == b"/lib").filter(|_| start.starts_with(b"\x7fELF"))?;
+    let path = start.get(loader..)?.split(|byte| *byte == 0).next()?;
+    Some(PathBuf::from(String::from_utf8_lossy(path).into_owned()))
+}
+
+/// What an ELF program is built for, in the words of `std::env::consts::ARCH`.
+fn architecture(program: &Path) -> Option<String> {
+    let mut header = [0; 20];
+    File::open(program).ok()?.read_exact(&mut header).ok()?;
+    if !header.starts_with(b"\x7fELF") {
+        return None;
+    }
+    let [.., low, high] = header;
+    let machine = if header[5] == 2 { u16::from_be_bytes([low, high]) } else { u16::from_le_bytes([low, high]) };
+    Some(match machine {
+        3 => "x86".into(),
+        40 => "arm".into(),
+        62 => "x86_64".into(),
+        183 => "aarch64".into(),
+        243 => "riscv64".into(),
+        other => format!("ELF machine {other}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Files(PathBuf);
+
+    impl Files {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("handover-preflight-{name}-{}", std::process::id()));
+            fs::create_dir(&path).unwrap();
+            Self(path)
+        }
+
+        fn file(&self, name: &str, content: &[u8], mode: u32) -> PathBuf {
+            let path = self.0.join(name);
+            fs::write(&path, content).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            path
+        }
+    }
+
+    impl Drop for Files {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    #[test]
+    fn each_reason_is_named() {
+        let files = Files::new("check");
+        let refused = |path: &Path| check(path).unwrap_err().to_string();
+        assert!(refused(&files.0.join("missing")).contains("No such file"));
+        assert!(refused(&files.0).contains("it is a directory"));
+        assert!(refused(Path::new("/dev/null")).contains("no regular file"));
+        assert!(refused(&files.file("plain", b"", 0o644)).contains("chmod +x"));
+        assert!(refused(&files.file("open", b"", 0o757)).contains("mode 0757"));
+        let good = files.file("good", b"", 0o755);
+        check(&good).unwrap();
+        fs::set_permissions(&files.0, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(refused(&good).contains("its directory is writable"));
+    }
+
+    #[test]
+    fn exec_errors_are_explained() {
+        let files = Files::new("explain");
+        let explained = |path: &Path, code| explain(path, Path::new("/"), io::Error::from_raw_os_error(code)).to_string();
+        let script = files.file("script", b"#!/no/such/shell -e\n", 0o755);
+        assert!(explained(&script, libc::ENOENT).contains("interpreter /no/such/shell,"));
+        let mut elf = [0; 20];
+        elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        elf[18] = if cfg!(target_arch = "aarch64") { 62 } else { 183 };
+        let foreign = files.file("foreign", &elf, 0o755);
+        assert!(explained(&foreign, libc::ENOEXEC).contains("it is built for"));
+        assert!(explained(&files.file("text", b"hello", 0o755), libc::ENOEXEC).contains("begins with `#!`"));
+        let gone = explain(&script, Path::new("/no/such/dir"), io::Error::from_raw_os_error(libc::ENOENT));
+        assert!(gone.to_string().contains("working directory /no/such/dir"));
+    }
+}

@@ -1,0 +1,208 @@
+//! What the new process is: program, arguments, environment, directory. And starting it.
+
+use std::env;
+use std::ffi::{CString, OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::SigSet;
+use nix::unistd::Pid;
+
+use super::preflight;
+use crate::config::Config;
+use crate::control::UpgradeRequest;
+use crate::error::Error;
+use crate::protocol::{CHANNEL_FD, CHANNEL_VARIABLE};
+use crate::sys::{self, SpawnRequest};
+
+/// How this process was started: what an upgrade repeats.
+#[derive(Clone, Debug)]
+pub(crate) struct Started {
+    /// As it was named; resolved at each upgrade.
+    pub(crate) program: PathBuf,
+    argv0: OsString,
+    arguments: Vec<OsString>,
+    /// By the path with its symbolic links, so that `current/` is followed to where it points at the time.
+    directory: PathBuf,
+    signal_mask: SigSet,
+}
+
+impl Started {
+    pub(crate) fn of_this_process() -> Self {
+        let directory = start_directory();
+        let mut arguments = env::args_os();
+        let argv0 = arguments.next().unwrap_or_default();
+        let arguments = arguments.collect();
+        // argv[0] is what the caller liked to put there. It is only believed if it leads to the file that runs.
+        let named = resolve(Path::new(&argv0), &directory, env::var_os("PATH").as_deref());
+        let executable = fs::metadata("/proc/self/exe").ok();
+        let same = |path: &PathBuf| match (fs::metadata(path), &executable) {
+            (Ok(named), Some(runs)) => (named.dev(), named.ino()) == (runs.dev(), runs.ino()),
+            _ => false,
+        };
+        let program = match named.filter(same) {
+            Some(_) => PathBuf::from(&argv0),
+            None => env::current_exe().unwrap_or_else(|_| PathBuf::from(&argv0)),
+        };
+        Self { program, argv0, arguments, directory, signal_mask: SigSet::thread_get_mask().unwrap_or(SigSet::empty()) }
+    }
+
+    /// The program as an absolute path, for people.
+    pub(crate) fn program_path(&self) -> PathBuf {
+        let path = env::var_os("PATH");
+        resolve(&self.program, &self.directory, path.as_deref()).unwrap_or_else(|| self.program.clone())
+    }
+}
+
+/// What one upgrade starts.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) program: PathBuf,
+    argv: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+    pub(crate) directory: PathBuf,
+    signal_mask: SigSet,
+}
+
+impl Plan {
+    /// The request goes before the configuration, and that before how this process was started.
+    pub(crate) fn new(started: &Started, config: &Config, request: &UpgradeRequest) -> Result<Self, Error> {
+        let directory = request.cwd.as_ref().or(config.directory.as_ref());
+        let directory = directory.map_or_else(|| started.directory.clone(), |path| started.directory.join(path));
+        let other_program = request.exe.as_ref().or(config.program.as_ref());
+        let named = other_program.unwrap_or(&started.program);
+        let mut environment: Vec<(OsString, OsString)> = env::vars_os().filter(|(name, _)| !is_ours(name)).collect();
+        let mut set = |name: &OsStr, value: Option<&OsStr>| {
+            environment.retain(|(other, _)| other != name);
+            environment.extend(value.map(|value| (name.to_owned(), value.to_owned())));
+        };
+        config.environment.iter().for_each(|(name, value)| set(name, value.as_deref()));
+        request.env.iter().for_each(|(name, value)| set(OsStr::new(name), Some(OsStr::new(value))));
+        let path = environment.iter().find(|(name, _)| name == "PATH").map(|(_, value)| value.clone());
+        let program = resolve(named, &started.directory, path.as_deref()).unwrap_or_else(|| named.clone());
+        preflight::check(&program)?;
+        let argv0 = match other_program {
+            Some(other) => other.clone().into_os_string(),
+            None => started.argv0.clone(),
+        };
+        let arguments = request.arguments().or_else(|| config.arguments.clone());
+        let mut argv = vec![argv0];
+        argv.extend(arguments.unwrap_or_else(|| started.arguments.clone()));
+        Ok(Self { program, argv, environment, directory, signal_mask: started.signal_mask })
+    }
+
+    /// Starts it with one end of the channel, and with `stderr` for its fd 2 where that is to be another than ours.
+    pub(crate) fn spawn(&self, channel: &UnixStream, stderr: Option<BorrowedFd<'_>>) -> Result<Pid, Error> {
+        let explain = |error| preflight::explain(&self.program, &self.directory, error);
+        let inode = inode_of(channel).map_err(explain)?;
+        let channel_variable = OsString::from(format!("{CHANNEL_VARIABLE}={CHANNEL_FD}:{inode}"));
+        let variables = self.environment.iter().map(|(name, value)| {
+            let mut variable = name.clone();
+            variable.push("=");
+            variable.push(value);
+            variable
+        });
+        let environment: io::Result<_> = variables.chain([channel_variable]).map(|text| c_string(&text)).collect();
+        let arguments: io::Result<_> = self.argv.iter().map(|text| c_string(text)).collect();
+        let stderr = stderr.map(|fd| (fd, libc::STDERR_FILENO));
+        let request = SpawnRequest {
+            program: c_string(self.program.as_os_str()).map_err(explain)?,
+            arguments: arguments.map_err(explain)?,
+            environment: environment.map_err(explain)?,
+            directory: c_string(self.directory.as_os_str()).map_err(explain)?,
+            fds: stderr.into_iter().chain([(channel.as_fd(), CHANNEL_FD)]).collect(),
+            signal_mask: self.signal_mask,
+        };
+        sys::spawn(&request).map_err(explain)
+    }
+}
+
+/// Variables that speak of this process's own start and would mislead the new one.
+fn is_ours(name: &OsStr) -> bool {
+    name == CHANNEL_VARIABLE || name == "LISTEN_FDS" || name == "LISTEN_PID" || name == "LISTEN_FDNAMES"
+}
+
+fn c_string(text: &OsStr) -> io::Result<CString> {
+    let nul = |_| io::Error::new(io::ErrorKind::InvalidInput, "an argument or variable contains a NUL byte");
+    CString::new(text.as_bytes()).map_err(nul)
+}
+
+fn inode_of(socket: &UnixStream) -> io::Result<u64> {
+    let stat = nix::sys::stat::fstat(socket)?;
+    Ok(stat.st_ino)
+}
+
+/// A program as an absolute path: by PATH if it has no slash, else seen from `directory`.
+fn resolve(program: &Path, directory: &Path, path: Option<&OsStr>) -> Option<PathBuf> {
+    if program.as_os_str().as_bytes().contains(&b'/') {
+        return Some(directory.join(program));
+    }
+    let directories = env::split_paths(path.unwrap_or(OsStr::new("/usr/local/bin:/usr/bin:/bin")));
+    let candidates = directories.map(|one| directory.join(one).join(program));
+    candidates.into_iter().find(|candidate| fs::metadata(candidate).is_ok_and(|metadata| metadata.is_file()))
+}
+
+/// `$PWD` if it is the working directory, as shells do: it keeps symbolic links.
+fn start_directory() -> PathBuf {
+    let real = env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
+    let identity = |path: &Path| fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
+    match env::var_os("PWD").map(PathBuf::from) {
+        Some(logical) if logical.is_absolute() && identity(&logical) == identity(&real) => logical,
+        _ => real,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn started() -> Started {
+        Started {
+            program: "/bin/sh".into(),
+            argv0: "sh".into(),
+            arguments: vec!["-c".into(), "true".into()],
+            directory: "/usr".into(),
+            signal_mask: SigSet::empty(),
+        }
+    }
+
+    #[test]
+    fn an_upgrade_repeats_the_start() {
+        let plan = Plan::new(&started(), &Config::default(), &UpgradeRequest::default()).unwrap();
+        assert_eq!((plan.program, plan.argv), ("/bin/sh".into(), vec!["sh".into(), "-c".into(), "true".into()]));
+        assert_eq!(plan.directory, Path::new("/usr"));
+    }
+
+    #[test]
+    fn the_request_goes_before_the_configuration() {
+        let config = Config::default().program("/bin/false").arguments(["a"]).environment("A", "1").environment("B", "1");
+        let request = UpgradeRequest {
+            exe: Some("/bin/true".into()),
+            env: [("A".to_owned(), "2".to_owned())].into(),
+            ..UpgradeRequest::default()
+        };
+        let plan = Plan::new(&started(), &config, &request).unwrap();
+        assert_eq!((plan.program, plan.argv), ("/bin/true".into(), vec!["/bin/true".into(), "a".into()]));
+        let value = |name: &str| plan.environment.iter().find(|(other, _)| other == name).map(|(_, value)| value.clone());
+        assert_eq!((value("A"), value("B")), (Some("2".into()), Some("1".into())));
+    }
+
+    #[test]
+    fn names_are_looked_up_and_relative_paths_start_where_the_process_did() {
+        assert_eq!(resolve(Path::new("sh"), Path::new("/"), Some(OsStr::new("/nowhere:/bin"))), Some("/bin/sh".into()));
+        assert_eq!(resolve(Path::new("sh"), Path::new("/"), Some(OsStr::new("bin"))), Some("/bin/sh".into()));
+        assert_eq!(resolve(Path::new("./a"), Path::new("/srv"), None), Some("/srv/./a".into()));
+        assert_eq!(resolve(Path::new("no-such-program"), Path::new("/"), None), None);
+    }
+
+    #[test]
+    fn this_process_knows_its_own_program() {
+        let started = Started::of_this_process();
+        assert_eq!(fs::canonicalize(started.program_path()).unwrap(), env::current_exe().unwrap());
+    }
+}
