@@ -174,7 +174,9 @@ impl Channel {
         while fds.len() < count {
             self.wait_readable(deadline)?;
             let received = match sys::receive_fds(self.stream.as_fd()) {
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => continue,
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                    continue;
+                }
                 received => received?,
             };
             let expected = (count - fds.len()).min(FDS_PER_MESSAGE);

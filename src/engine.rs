@@ -89,8 +89,7 @@ impl Timers {
     }
 
     fn next(&self) -> Option<Instant> {
-        let all =
-            [self.ready, self.trial, self.drain, self.alive, self.drain_count, self.accepting, self.cut_grace];
+        let all = [self.ready, self.trial, self.drain, self.alive, self.drain_count, self.accepting, self.cut_grace];
         all.into_iter().flatten().min()
     }
 }
@@ -184,7 +183,8 @@ impl Engine {
     }
 
     fn sources(&self) -> (Vec<Source>, Vec<PollFd<'_>>) {
-        let mut all: Vec<(Source, PollFd<'_>)> = vec![(Source::Commands, poll_fd(&self.shared.wake, PollFlags::POLLIN))];
+        let mut all: Vec<(Source, PollFd<'_>)> =
+            vec![(Source::Commands, poll_fd(&self.shared.wake, PollFlags::POLLIN))];
         if let Some(signals) = &self.signals {
             all.push((Source::Signals, poll_fd(signals, PollFlags::POLLIN)));
         }

@@ -124,11 +124,9 @@ mod tests {
 
     #[test]
     fn a_message_says_what_why_and_what_to_do() {
-        let error = Error::io("execute `/srv/app`", io::Error::from_raw_os_error(libc::EACCES)).mend("is it executable?");
-        assert_eq!(
-            error.to_string(),
-            "cannot execute `/srv/app`: Permission denied (os error 13) (is it executable?)"
-        );
+        let error =
+            Error::io("execute `/srv/app`", io::Error::from_raw_os_error(libc::EACCES)).mend("is it executable?");
+        assert_eq!(error.to_string(), "cannot execute `/srv/app`: Permission denied (os error 13) (is it executable?)");
         assert_eq!(error.kind(), ErrorKind::NotPermitted);
         assert_eq!(format!("{error:?}"), error.to_string());
     }

@@ -47,8 +47,11 @@ impl Gate {
             GateState::Open => Slot::Open(fd),
             GateState::Closed => Slot::Closed,
         };
-        let socket =
-            Arc::new(GatedSocket { slot: RwLock::new(slot), was_waited_on: AtomicBool::new(false), on_shut: Mutex::default() });
+        let socket = Arc::new(GatedSocket {
+            slot: RwLock::new(slot),
+            was_waited_on: AtomicBool::new(false),
+            on_shut: Mutex::default(),
+        });
         sockets.push(socket.clone());
         socket
     }

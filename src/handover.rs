@@ -187,8 +187,10 @@ impl Handover {
         options: impl Fn() -> WantedOptions,
     ) -> Result<Claimed, Error> {
         let tried = format!("find the address of listener `{name}`");
-        let addresses: Vec<SocketAddr> =
-            address.to_socket_addrs().map_err(|error| Error::io(&tried, error).with_kind(ErrorKind::Invalid))?.collect();
+        let addresses: Vec<SocketAddr> = address
+            .to_socket_addrs()
+            .map_err(|error| Error::io(&tried, error).with_kind(ErrorKind::Invalid))?
+            .collect();
         let mut failure = Error::new(ErrorKind::Invalid, tried, "the name resolves to nothing");
         for address in addresses {
             match self.claim(&Wanted { name, kind, address: Address::Ip(address), options: options() }) {
@@ -340,8 +342,7 @@ impl Handover {
         let (reply, answer) = mpsc::channel();
         self.shared.command(Command::Upgrade(Box::new(request), reply));
         let tried = "upgrade this process";
-        let result =
-            answer.recv().map_err(|_| Error::new(ErrorKind::NotUpgraded, tried, "it is about to end"))?;
+        let result = answer.recv().map_err(|_| Error::new(ErrorKind::NotUpgraded, tried, "it is about to end"))?;
         let kind = match result.result {
             Outcome::Upgraded | Outcome::Cut => return Ok(result),
             Outcome::RolledBack => ErrorKind::RolledBack,

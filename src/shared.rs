@@ -169,9 +169,9 @@ impl Shared {
     pub(crate) fn take_state_of_application(&self) -> Result<Option<HandedState>, String> {
         let provider = lock(&self.state_provider);
         let Some(provider) = provider.as_ref() else { return Ok(None) };
-        catch_unwind(AssertUnwindSafe(provider)).map(Some).map_err(|_| {
-            "cannot get the state: the application's function for it panicked".to_owned()
-        })
+        catch_unwind(AssertUnwindSafe(provider))
+            .map(Some)
+            .map_err(|_| "cannot get the state: the application's function for it panicked".to_owned())
     }
 
     /// Runs the hook at once if the drain has begun already.

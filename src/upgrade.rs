@@ -161,9 +161,7 @@ impl Upgrade {
                 (S::Starting, vec![A::Announce(Progress::Spawned), A::Offer, A::Arm(Timer::Ready)])
             }
             (S::Starting, E::Adopted) => (S::Adopted, vec![A::Announce(Progress::Adopted)]),
-            (S::Adopted, E::StillStarting) => {
-                (S::Adopted, vec![A::Announce(Progress::Starting), A::Arm(Timer::Ready)])
-            }
+            (S::Adopted, E::StillStarting) => (S::Adopted, vec![A::Announce(Progress::Starting), A::Arm(Timer::Ready)]),
             (S::Adopted, E::Ready) => {
                 (S::Committing, vec![A::Announce(Progress::Ready), A::Disarm(Timer::Ready), A::ShutGate])
             }

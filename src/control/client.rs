@@ -70,7 +70,9 @@ impl Client {
             let gone = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
             let failure = Error::io(format!("connect to the control socket {}", path.display()), error);
             match gone {
-                true => failure.with_kind(ErrorKind::NotRunning).mend("the process is gone; `handover ps` lists those that run"),
+                true => failure
+                    .with_kind(ErrorKind::NotRunning)
+                    .mend("the process is gone; `handover ps` lists those that run"),
                 false => failure.mend("ask as root, or as the user that the process runs as"),
             }
         };

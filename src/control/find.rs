@@ -60,9 +60,10 @@ pub(super) fn service_of(pid: i32) -> Result<Service, Error> {
             let cause = format!("it runs (`{}`), and is no handover process", name.trim());
             missing(&cause, "`handover ps` lists those that are; a pid file may be out of date")
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            missing("there is no such process", "`handover ps` lists those that can be upgraded; a pid file may be out of date")
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => missing(
+            "there is no such process",
+            "`handover ps` lists those that can be upgraded; a pid file may be out of date",
+        ),
         Err(error) => Err(Error::io(tried(), error).mend("ask as root, or as the user that the process runs as")),
     }
 }
@@ -76,7 +77,8 @@ fn find(pid: i32) -> io::Result<Option<Service>> {
         Some(libc::EINVAL) => Ok(vec![]),
         _ => Err(error),
     })?;
-    let candidates: Vec<(u64, &[u8])> = listening_paths(&table).filter(|(_, path)| path.ends_with(suffix.as_bytes())).collect();
+    let candidates: Vec<(u64, &[u8])> =
+        listening_paths(&table).filter(|(_, path)| path.ends_with(suffix.as_bytes())).collect();
     if candidates.is_empty() {
         return Ok(None);
     }

@@ -365,7 +365,8 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<Request>(text);
         assert!(matches!(read(r#"{"request":"status","later":1}"#), Ok(Request::Status)));
         assert!(matches!(read(r#"{"request":"take-over"}"#), Ok(Request::TakeOver)));
-        let Ok(Request::Upgrade(upgrade)) = read(r#"{"request":"upgrade","wait":"drained","trial_ms":5,"x":[]}"#) else {
+        let Ok(Request::Upgrade(upgrade)) = read(r#"{"request":"upgrade","wait":"drained","trial_ms":5,"x":[]}"#)
+        else {
             panic!()
         };
         assert_eq!((upgrade.wait, upgrade.trial()), (Some(Wait::Drained), Some(Duration::from_millis(5))));

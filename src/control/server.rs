@@ -132,11 +132,8 @@ impl Server {
             self.clients.insert(id, client);
             if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
                 log::warn!("control socket: uid {} (pid {}) may not ask", peer.uid(), peer.pid());
-                let message = format!(
-                    "uid {} may not control this process: only root and uid {} may",
-                    peer.uid(),
-                    geteuid()
-                );
+                let message =
+                    format!("uid {} may not control this process: only root and uid {} may", peer.uid(), geteuid());
                 self.finish(id, &Event::Result(ResultEvent::new(Outcome::NotPermitted, message)));
             }
         }

@@ -28,14 +28,8 @@ impl Engine {
             Progress::Draining => return self.announce_drain(),
         };
         let Some(attempt) = &self.attempt else { return };
-        let mut event = StageEvent {
-            stage,
-            at_ms: attempt.elapsed_ms(),
-            pid: None,
-            reason: None,
-            claims: None,
-            connections: None,
-        };
+        let mut event =
+            StageEvent { stage, at_ms: attempt.elapsed_ms(), pid: None, reason: None, claims: None, connections: None };
         match stage {
             StageName::Spawned => event.pid = attempt.pid,
             StageName::Starting => event.reason.clone_from(&attempt.starting),
@@ -221,8 +215,7 @@ impl Engine {
             (_, Stage::Serving) => State::Serving,
             _ => State::Upgrading,
         };
-        let connections =
-            ConnectionCounts { open: shared.connections.open(), accepted: shared.connections.accepted() };
+        let connections = ConnectionCounts { open: shared.connections.open(), accepted: shared.connections.accepted() };
         Status {
             pid: std::process::id().cast_signed(),
             generation: shared.generation,

@@ -6,8 +6,8 @@ use std::time::{Instant, SystemTime};
 
 use nix::unistd::Pid;
 
-use super::attempt::Process;
 use super::Engine;
+use super::attempt::Process;
 use crate::channel::{Broken, Channel, Received};
 use crate::control::messages::{LastUpgrade, Outcome};
 use crate::inherit::{Action, Event, Stage};
@@ -139,7 +139,10 @@ impl Engine {
                 Err(Broken::Io(_)) => (Event::ChannelEnded, String::new(), true),
             };
             if event == Event::ChannelEnded && self.inherit.stage() != Stage::Owner {
-                log::warn!("the old process died in the middle of the upgrade: generation {} takes over", self.shared.generation);
+                log::warn!(
+                    "the old process died in the middle of the upgrade: generation {} takes over",
+                    self.shared.generation
+                );
             }
             self.tell_new_side_with(event, reason);
             if over {

@@ -55,7 +55,7 @@ impl Engine {
             Action::Spawn => return Some(self.outcome_of(Self::spawn, Event::Spawned, Failure::NotSpawned)),
             Action::Offer => {
                 if let Err(cause) = self.offer() {
-                    return Some(self.failed(Failure::ChannelBroken, cause));
+                    return Some(self.channel_ended(cause));
                 }
             }
             Action::ShutGate => {
@@ -65,7 +65,7 @@ impl Engine {
             Action::OpenGate => self.shared.gate.open(),
             Action::Commit => {
                 if let Err(cause) = self.send(Message::Commit) {
-                    return Some(self.failed(Failure::ChannelBroken, cause));
+                    return Some(self.channel_ended(cause));
                 }
             }
             Action::Settle => self.settle(),
@@ -272,7 +272,9 @@ impl Engine {
                     && entry.socket.was_waited_on()
                     && has_something_waiting(entry)
             });
-            stuck.map(|entry| format!("became ready and never accepted on listener `{}`, where clients wait", entry.name))
+            stuck.map(|entry| {
+                format!("became ready and never accepted on listener `{}`, where clients wait", entry.name)
+            })
         });
         match stuck {
             Some(cause) => {

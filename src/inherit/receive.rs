@@ -106,7 +106,8 @@ fn receive(stream: UnixStream, old_pid: Option<i32>, tried: &str) -> Result<Opti
     match check(offer, fds, old_pid) {
         Ok(parts) => {
             let listeners = parts.inherited.iter();
-            let listeners = listeners.map(|one| AdoptedListener { name: one.name.clone(), cookie: one.cookie }).collect();
+            let listeners =
+                listeners.map(|one| AdoptedListener { name: one.name.clone(), cookie: one.cookie }).collect();
             // If the old process is gone, its end of the channel says so to the engine.
             if let Err(broken) = channel.send(Message::Adopted { protocol: version, listeners }, vec![]) {
                 log::debug!("the old process {broken}");
@@ -137,10 +138,7 @@ fn check(offer: Offer, fds: Vec<OwnedFd>, old_pid: Option<i32>) -> Result<Handed
         Some(state) => fds.next().map(|fd| read_state(state.version, state.length, fd)).transpose()?,
     };
     let stderr = if offer.stderr { fds.next() } else { None };
-    let old = DrainingGeneration {
-        pid: old_pid.unwrap_or(offer.pid),
-        generation: offer.generation.saturating_sub(1),
-    };
+    let old = DrainingGeneration { pid: old_pid.unwrap_or(offer.pid), generation: offer.generation.saturating_sub(1) };
     let older = std::iter::once(old).chain(offer.draining).collect();
     Ok(HandedParts { generation: offer.generation, inherited, state, stderr, older })
 }

@@ -76,7 +76,10 @@ fn another_address_is_bound_afresh_and_the_old_one_is_unclaimed() {
     let (mut new, gate) = (Listeners::new(handed_over(&[tcp("http", "127.0.0.1:0")])), gate());
     assert_eq!(new.claim(&tcp("http", "127.0.0.2:0"), &gate).unwrap().source, Source::Bound);
     let claims = new.claims();
-    assert_eq!((claims.kept.len(), claims.added, claims.unclaimed), (0, vec!["http".to_owned()], vec!["http".to_owned()]));
+    assert_eq!(
+        (claims.kept.len(), claims.added, claims.unclaimed),
+        (0, vec!["http".to_owned()], vec!["http".to_owned()])
+    );
 }
 
 #[test]
@@ -103,7 +106,8 @@ fn what_a_service_manager_passes_is_found_by_name_or_by_address() {
     let named = handed_over(&[tcp("http", "127.0.0.1:0"), tcp("unknown", "127.0.0.1:0")]);
     let cookies: Vec<u64> = named.iter().map(|inherited| inherited.cookie).collect();
     let second = named[1].address.to_string();
-    let activated = named.into_iter().map(|inherited| Inherited::activated(inherited.name, inherited.fd).unwrap().unwrap());
+    let activated =
+        named.into_iter().map(|inherited| Inherited::activated(inherited.name, inherited.fd).unwrap().unwrap());
     let (mut new, gate) = (Listeners::new(activated.collect()), gate());
     // By name, whatever address the program has in mind; without its name, by address.
     assert_eq!(new.claim(&tcp("http", "127.0.0.9:1"), &gate).unwrap().cookie, cookies[0]);

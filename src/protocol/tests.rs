@@ -36,10 +36,7 @@ fn offer() -> Offer {
 fn every_message() -> Vec<Message> {
     vec![
         Message::Offer(offer()),
-        Message::Adopted {
-            protocol: 1,
-            listeners: vec![AdoptedListener { name: "http".into(), cookie: u64::MAX }],
-        },
+        Message::Adopted { protocol: 1, listeners: vec![AdoptedListener { name: "http".into(), cookie: u64::MAX }] },
         Message::Refused { reason: "too new".into(), protocol: Some(Versions { min: 2, max: 3 }) },
         Message::Starting { reason: "warming the cache".into() },
         Message::GaveUp { reason: "no database".into() },

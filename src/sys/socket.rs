@@ -15,13 +15,7 @@ pub(crate) fn accept_backlog(listener: BorrowedFd<'_>) -> io::Result<u32> {
     let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `size` bytes, which is the size of `info`.
     let result = unsafe {
-        libc::getsockopt(
-            listener.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            (&raw mut info).cast(),
-            &raw mut size,
-        )
+        libc::getsockopt(listener.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast(), &raw mut size)
     };
     Errno::result(result)?;
     Ok(info.tcpi_unacked)

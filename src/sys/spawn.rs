@@ -160,7 +160,8 @@ mod tests {
             let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap_or("02000000").trim();
             i32::from_str_radix(flags, 8).unwrap() & libc::O_CLOEXEC == 0
         };
-        let leaked: Vec<_> = numbers.iter().filter(|number| **number > 3 && **number != 10 && !inherited(**number)).collect();
+        let leaked: Vec<_> =
+            numbers.iter().filter(|number| **number > 3 && **number != 10 && !inherited(**number)).collect();
         assert!(leaked.is_empty(), "{leaked:?}");
     }
 

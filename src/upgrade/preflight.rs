@@ -31,13 +31,19 @@ pub(crate) fn check(program: &Path) -> Result<(), Error> {
     }
     if metadata.mode() & 0o002 != 0 {
         let mode = metadata.mode() & 0o7777;
-        return refuse(format!("anybody may write to it (mode {mode:04o})"), "`chmod o-w` before it is run as this user");
+        return refuse(
+            format!("anybody may write to it (mode {mode:04o})"),
+            "`chmod o-w` before it is run as this user",
+        );
     }
     let real = fs::canonicalize(program).unwrap_or_else(|_| program.to_path_buf());
     let directory = real.parent().and_then(|parent| fs::metadata(parent).ok());
     // In a sticky directory like /tmp others cannot replace the file.
     if directory.is_some_and(|directory| directory.permissions().mode() & 0o1002 == 0o002) {
-        return refuse("anybody may replace it: its directory is writable to all".to_owned(), "`chmod o-w` the directory");
+        return refuse(
+            "anybody may replace it: its directory is writable to all".to_owned(),
+            "`chmod o-w` the directory",
+        );
     }
     Ok(())
 }
@@ -148,7 +154,8 @@ mod tests {
     #[test]
     fn exec_errors_are_explained() {
         let files = Files::new("explain");
-        let explained = |path: &Path, code| explain(path, Path::new("/"), io::Error::from_raw_os_error(code)).to_string();
+        let explained =
+            |path: &Path, code| explain(path, Path::new("/"), io::Error::from_raw_os_error(code)).to_string();
         let script = files.file("script", b"#!/no/such/shell -e\n", 0o755);
         assert!(explained(&script, libc::ENOENT).contains("interpreter /no/such/shell,"));
         let mut elf = [0; 20];

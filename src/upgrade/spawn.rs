@@ -180,7 +180,8 @@ mod tests {
 
     #[test]
     fn the_request_goes_before_the_configuration() {
-        let config = Config::default().program("/bin/false").arguments(["a"]).environment("A", "1").environment("B", "1");
+        let config =
+            Config::default().program("/bin/false").arguments(["a"]).environment("A", "1").environment("B", "1");
         let request = UpgradeRequest {
             exe: Some("/bin/true".into()),
             env: [("A".to_owned(), "2".to_owned())].into(),
@@ -188,7 +189,8 @@ mod tests {
         };
         let plan = Plan::new(&started(), &config, &request).unwrap();
         assert_eq!((plan.program, plan.argv), ("/bin/true".into(), vec!["/bin/true".into(), "a".into()]));
-        let value = |name: &str| plan.environment.iter().find(|(other, _)| other == name).map(|(_, value)| value.clone());
+        let value =
+            |name: &str| plan.environment.iter().find(|(other, _)| other == name).map(|(_, value)| value.clone());
         assert_eq!((value("A"), value("B")), (Some("2".into()), Some("1".into())));
     }
 

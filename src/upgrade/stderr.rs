@@ -34,7 +34,8 @@ impl Tail {
         let bytes = std::mem::take(&mut self.partial);
         let text = String::from_utf8_lossy(&bytes);
         // A bad build must not be able to move the cursor of whoever reads the report.
-        let line: String = text.trim_end().chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect();
+        let line: String =
+            text.trim_end().chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect();
         if self.lines.len() == LINES_KEPT {
             self.lines.pop_front();
         }

@@ -239,9 +239,7 @@ impl Client {
             Kind::Kept => http("/", false, body, Expected::Identity),
             Kind::Slow => http(&format!("/slow/{}", self.load.slow_seconds), true, None, Expected::Identity),
             Kind::Stream => http("/stream", true, None, Expected::Lines(self.load.stream_lines)),
-            Kind::Echo | Kind::EchoKept => {
-                Question::Line(format!("line {} of client {}\n", turn.number, self.number))
-            }
+            Kind::Echo | Kind::EchoKept => Question::Line(format!("line {} of client {}\n", turn.number, self.number)),
             Kind::WebSocket => Question::Nothing,
         }
     }

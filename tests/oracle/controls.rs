@@ -74,10 +74,8 @@ impl Control {
         let address = listener.local_addr()?;
         let (commands, receiver) = mpsc::channel();
         let over = Arc::new(AtomicBool::new(false));
-        let server =
-            Server { listener: Some(listener), address, swap, generation: 1, over: Arc::clone(&over) };
-        let thread =
-            thread::Builder::new().name("control".to_owned()).spawn(move || server.run(&receiver))?;
+        let server = Server { listener: Some(listener), address, swap, generation: 1, over: Arc::clone(&over) };
+        let thread = thread::Builder::new().name("control".to_owned()).spawn(move || server.run(&receiver))?;
         Ok(Self { address, commands, over, thread: Some(thread) })
     }
 

@@ -71,8 +71,7 @@ impl Head {
                     _ => Ok(head),
                 };
             }
-            head.field(&line)
-                .ok_or_else(|| Trouble::wrong(format!("malformed field: {}", excerpt(&line))))?;
+            head.field(&line).ok_or_else(|| Trouble::wrong(format!("malformed field: {}", excerpt(&line))))?;
         }
         Err(Trouble::wrong(format!("more than {MAX_FIELDS} fields")))
     }
@@ -134,8 +133,8 @@ fn chunked(connection: &mut Connection) -> Result<Vec<u8>, Trouble> {
     let mut body = vec![];
     loop {
         let line = self::line(connection)?;
-        let size = chunk_size(&line)
-            .ok_or_else(|| Trouble::wrong(format!("malformed chunk size: {}", excerpt(&line))))?;
+        let size =
+            chunk_size(&line).ok_or_else(|| Trouble::wrong(format!("malformed chunk size: {}", excerpt(&line))))?;
         if size == 0 {
             return trailers(connection).map(|()| body);
         }
@@ -276,10 +275,7 @@ mod tests {
 
     #[test]
     fn interim_responses_are_passed_over() {
-        assert_eq!(
-            outcome("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
-            Outcome::Ok
-        );
+        assert_eq!(outcome("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"), Outcome::Ok);
         assert_eq!(outcome(&"HTTP/1.1 103 Early\r\n\r\n".repeat(20)), Outcome::Wrong);
     }
 

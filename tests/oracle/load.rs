@@ -306,8 +306,7 @@ impl Stop {
             if remaining.is_zero() {
                 return;
             }
-            sleepers =
-                self.changed.wait_timeout(sleepers, remaining).unwrap_or_else(PoisonError::into_inner).0;
+            sleepers = self.changed.wait_timeout(sleepers, remaining).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -330,11 +329,7 @@ impl Running {
     /// # Errors
     ///
     /// When `within` has passed, or the load has ended, and it still does not hold.
-    pub fn wait_for(
-        &self,
-        mut condition: impl FnMut(&Tally) -> bool,
-        within: Duration,
-    ) -> Result<(), InVain> {
+    pub fn wait_for(&self, mut condition: impl FnMut(&Tally) -> bool, within: Duration) -> Result<(), InVain> {
         let deadline = Instant::now() + within;
         self.shared
             .watch(deadline, |state| condition(&state.tally).then_some(()))

@@ -143,18 +143,10 @@ impl Plan {
                     }
                     Box::new(move |load| load.rate(rate))
                 }
-                "--think" => {
-                    arguments.time(&name).map(|time| Box::new(move |load: Load| load.think(time)))?
-                }
-                "--interval" => {
-                    arguments.time(&name).map(|time| Box::new(move |load: Load| load.interval(time)))?
-                }
-                "--patience" => {
-                    arguments.time(&name).map(|time| Box::new(move |load: Load| load.patience(time)))?
-                }
-                "--duration" => {
-                    arguments.time(&name).map(|time| Box::new(move |load: Load| load.duration(time)))?
-                }
+                "--think" => arguments.time(&name).map(|time| Box::new(move |load: Load| load.think(time)))?,
+                "--interval" => arguments.time(&name).map(|time| Box::new(move |load: Load| load.interval(time)))?,
+                "--patience" => arguments.time(&name).map(|time| Box::new(move |load: Load| load.patience(time)))?,
+                "--duration" => arguments.time(&name).map(|time| Box::new(move |load: Load| load.duration(time)))?,
                 "--post" => {
                     let size: usize = arguments.number(&name)?;
                     Box::new(move |load| load.post(vec![b'x'; size]))

@@ -80,14 +80,9 @@ impl Trouble {
     /// An error of `connect()`, or of what comes before it.
     pub fn connecting(error: &io::Error) -> Self {
         let outcome = match error.raw_os_error() {
-            Some(
-                libc::EADDRNOTAVAIL
-                | libc::EMFILE
-                | libc::ENFILE
-                | libc::ENOBUFS
-                | libc::ENOMEM
-                | libc::EPERM,
-            ) => Outcome::Client,
+            Some(libc::EADDRNOTAVAIL | libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM | libc::EPERM) => {
+                Outcome::Client
+            }
             Some(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED) => Outcome::Reset,
             // With SO_SNDTIMEO a connect that takes too long ends with EINPROGRESS, EALREADY when it was
             // interrupted before, and EAGAIN on a Unix socket.
@@ -150,9 +145,7 @@ mod tests {
         let one = Answer { generation: 3, pid: 71 };
         assert_eq!(Answer::parse(b"gen=3 pid=71"), Some((one, &b""[..])));
         assert_eq!(Answer::parse(b"gen=3 pid=71 hello"), Some((one, &b" hello"[..])));
-        for bad in
-            ["", "gen=", "gen= pid=1", "gen=3 pid=", "gen=3  pid=1", "gen=-1 pid=1", "gen=3 pid=99999999999"]
-        {
+        for bad in ["", "gen=", "gen= pid=1", "gen=3 pid=", "gen=3  pid=1", "gen=-1 pid=1", "gen=3 pid=99999999999"] {
             assert_eq!(Answer::parse(bad.as_bytes()), None, "{bad}");
         }
     }

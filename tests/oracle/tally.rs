@@ -203,11 +203,7 @@ impl Tally {
 
     /// Requests that the server lost.
     pub fn failed(&self) -> u64 {
-        Outcome::ALL
-            .into_iter()
-            .filter(|outcome| outcome.is_failure())
-            .map(|outcome| self.count(outcome))
-            .sum()
+        Outcome::ALL.into_iter().filter(|outcome| outcome.is_failure()).map(|outcome| self.count(outcome)).sum()
     }
 
     /// The first failures, up to [`MAX_FAILURES`].
@@ -280,11 +276,8 @@ impl Tally {
                 (generation.to_string(), seconds.into())
             })
             .collect();
-        let generations: serde_json::Map<_, Value> = self
-            .generations
-            .iter()
-            .map(|(generation, &count)| (generation.to_string(), count.into()))
-            .collect();
+        let generations: serde_json::Map<_, Value> =
+            self.generations.iter().map(|(generation, &count)| (generation.to_string(), count.into())).collect();
         let failures: Vec<_> = self
             .failures
             .iter()

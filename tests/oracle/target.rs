@@ -49,9 +49,10 @@ impl FromStr for Target {
             Some("") => Err("`unix:` without a path".to_owned()),
             Some(path) => Ok(Target::Unix(path.into())),
             None if text.contains('/') => Ok(Target::Unix(text.into())),
-            None => text.parse().map(Target::Tcp).map_err(|_| {
-                format!("`{text}` is neither ADDRESS:PORT nor the path of a Unix socket (unix:PATH)")
-            }),
+            None => text
+                .parse()
+                .map(Target::Tcp)
+                .map_err(|_| format!("`{text}` is neither ADDRESS:PORT nor the path of a Unix socket (unix:PATH)")),
         }
     }
 }

@@ -284,11 +284,7 @@ fn a_truncated_stream_is_cut_and_a_short_one_wrong() {
     all(&finish(Load::new(once(stream_answer(20, false))).stream(1).requests(3)), 3, Outcome::Cut);
     all(&finish(Load::new(once(stream_answer(7, false))).stream(1).requests(3)), 3, Outcome::Cut);
     all(&finish(Load::new(once(stream_answer(19, true))).stream(1).requests(3)), 3, Outcome::Wrong);
-    all(
-        &finish(Load::new(once(stream_answer(20, true))).stream(1).stream_lines(3).requests(3)),
-        3,
-        Outcome::Wrong,
-    );
+    all(&finish(Load::new(once(stream_answer(20, true))).stream(1).stream_lines(3).requests(3)), 3, Outcome::Wrong);
 }
 
 #[test]
@@ -299,9 +295,7 @@ fn no_answer_in_time_is_timed_out() {
         let _ = (&stream).read(&mut [0]);
     });
     let patience = Duration::from_millis(50);
-    for load in
-        [Load::new(address).new_connections(1), Load::new(address).kept(1), Load::new(address).websocket(1)]
-    {
+    for load in [Load::new(address).new_connections(1), Load::new(address).kept(1), Load::new(address).websocket(1)] {
         let begin = Instant::now();
         all(&finish(load.patience(patience).requests(2)), 2, Outcome::TimedOut);
         assert!(begin.elapsed() >= 2 * patience);

@@ -29,8 +29,7 @@ impl WebSocket {
     pub fn open(target: &Target, path: &str, deadline: Instant) -> Result<Self, Trouble> {
         let opened = Instant::now();
         let wire = Wire::connect(target, deadline)?;
-        let config =
-            WebSocketConfig::default().max_message_size(Some(MAX_MESSAGE)).max_frame_size(Some(MAX_MESSAGE));
+        let config = WebSocketConfig::default().max_message_size(Some(MAX_MESSAGE)).max_frame_size(Some(MAX_MESSAGE));
         let address = format!("ws://{}{path}", target.host());
         match client_with_config(address, wire, Some(config)) {
             Ok((inner, _)) => Ok(Self { inner, opened, answered: 0 }),

@@ -86,9 +86,7 @@ impl Wire {
         match self.socket.recv_with_flags(&mut byte, libc::MSG_PEEK | libc::MSG_DONTWAIT) {
             Ok(0) => Look::Closed,
             Ok(_) => Look::Unread,
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                Look::Silent
-            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Look::Silent,
             Err(_) => Look::Closed,
         }
     }

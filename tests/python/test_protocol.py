@@ -842,12 +842,12 @@ class FaultsOfTheOldSide(ProcessCase):
         old.terminate_child()
         self.assertTrue(old.child_has_ended())
 
-    def test_a_connection_that_waited_through_the_death_is_served(self) -> None:
-        old = self.push_fault("die-after-ready", new=["--starting-frames", "1"])
-        old.log.wait("new", "ready")
-        with connect(self.address) as connection:
-            send_request(connection)
-            self.assertRegex(read_answer(connection), "^gen=[12] ")
+    def test_a_connection_waits_until_the_orphan_is_ready(self) -> None:
+        old = self.push_fault("die-after-offer", new=["--starting-frames", "1", "--starting-interval-ms", "1000"])
+        self.assertEqual(old.exit_code(), 70)
+        # The new process must hold the listener before anybody can wait there.
+        old.log.wait("new", "adopted")
+        self.assert_served_by(2, old.child())
 
     def test_abort_after_adopted(self) -> None:
         old = self.push_fault("abort-after-adopted")

@@ -1,0 +1,159 @@
+//! What can be asked on the command line. Parsing only validates; one file a verb does it.
+
+mod exit;
+mod output;
+mod ps;
+mod status;
+mod stop;
+mod upgrade;
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use handover::ErrorKind;
+use handover::control::Target;
+
+pub(crate) use exit::Exit;
+use exit::Failure;
+use output::Output;
+
+/// Replace a running server with its new build without dropping a connection.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100, propagate_version = true, subcommand_required = true)]
+#[command(
+    after_help = "Exit codes: 0 done; 1 failed, the old build serves on; 2 usage; 3 another upgrade is under way;\n\
+    4 not permitted; 5 done, but connections were cut at the drain deadline; 7 not running, or no\n\
+    handover process; 8 nothing serves any more."
+)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Upgrade(upgrade::Arguments),
+    Status(status::Arguments),
+    Ps(ps::Arguments),
+    Stop(stop::Arguments),
+}
+
+/// Which process is asked.
+#[derive(Args, Debug)]
+#[group(required = false, multiple = false)]
+pub(crate) struct Which {
+    /// The process that serves now
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
+    pid: Option<i32>,
+    /// A file that its pid stands in
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// The path of its control socket
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+}
+
+impl Which {
+    /// The process named; `None` if none is.
+    fn target(&self) -> Result<Option<Target>, Failure> {
+        if let Some(file) = &self.pid_file {
+            return pid_in(file).map(Some);
+        }
+        Ok(self.pid.map(Target::Pid).or_else(|| self.socket.clone().map(Target::Socket)))
+    }
+
+    /// For what changes something: it must be named.
+    fn named_target(&self) -> Result<Target, Failure> {
+        self.target()?.ok_or_else(|| {
+            Failure::usage("which process? Name it with --pid, --pid-file or --socket (`handover ps` lists them)")
+        })
+    }
+}
+
+fn pid_in(file: &PathBuf) -> Result<Target, Failure> {
+    let text = fs::read_to_string(file).map_err(|error| {
+        let message = format!("cannot read the pid file {}: {error} (is the service running?)", file.display());
+        Failure::new(Exit::NotRunning, message)
+    })?;
+    match text.trim().parse() {
+        Ok(pid) if pid > 0 => Ok(Target::Pid(pid)),
+        _ => Err(Failure::usage(format!("the pid file {} has no pid in it", file.display()))),
+    }
+}
+
+/// A time with its unit: `30s`, `500ms`, `2min`.
+fn duration(text: &str) -> Result<Duration, String> {
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(format!("a time needs a unit, as in {text}s or {text}ms"));
+    }
+    humantime::parse_duration(text).map_err(|error| error.to_string())
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Until when to be told.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Wait {
+    /// Until the new process accepts; it may still be rolled back
+    Ready,
+    /// Until the trial is over
+    Healthy,
+    /// Until the old process has no connection left and is gone
+    Drained,
+}
+
+impl From<Wait> for handover::control::Wait {
+    fn from(wait: Wait) -> Self {
+        match wait {
+            Wait::Ready => Self::Ready,
+            Wait::Healthy => Self::Healthy,
+            Wait::Drained => Self::Drained,
+        }
+    }
+}
+
+pub(crate) fn run(arguments: Arguments) -> Exit {
+    let (result, output) = match arguments.verb {
+        Verb::Upgrade(arguments) => {
+            let mut output = Output::new(arguments.json);
+            (upgrade::run(arguments, &mut output), output)
+        }
+        Verb::Status(arguments) => {
+            let mut output = Output::new(arguments.json);
+            (status::run(&arguments, &mut output), output)
+        }
+        Verb::Ps(arguments) => {
+            let mut output = Output::new(arguments.json);
+            (ps::run(&arguments, &mut output), output)
+        }
+        Verb::Stop(arguments) => {
+            let mut output = Output::new(arguments.json);
+            (stop::run(&arguments, &mut output), output)
+        }
+    };
+    match result {
+        Ok(exit) => exit,
+        Err(failure) => {
+            output.failure(&failure);
+            failure.exit
+        }
+    }
+}
+
+impl From<handover::Error> for Failure {
+    fn from(error: handover::Error) -> Self {
+        let exit = match error.kind() {
+            ErrorKind::Busy => Exit::Busy,
+            ErrorKind::NotPermitted => Exit::NotPermitted,
+            ErrorKind::NotRunning => Exit::NotRunning,
+            ErrorKind::NothingServes => Exit::NothingServes,
+            ErrorKind::Invalid => Exit::Usage,
+            _ => Exit::Failed,
+        };
+        Self::new(exit, error.to_string())
+    }
+}

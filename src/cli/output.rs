@@ -1,0 +1,198 @@
+//! What is printed: stages for people on a terminal, plain lines in a log, one JSON object a line with `--json`.
+
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use handover::control::{Answer, ResultEvent, StageEvent, StageName};
+use serde::Serialize;
+use serde_json::json;
+
+use super::exit::{Exit, Failure};
+
+pub(crate) struct Output {
+    json: bool,
+    terminal: bool,
+    /// On a terminal the count of a drain is written over itself.
+    open_line: bool,
+}
+
+impl Output {
+    pub(super) fn new(json: bool) -> Self {
+        Self { json, terminal: !json && io::stdout().is_terminal(), open_line: false }
+    }
+
+    pub(super) fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Whoever reads may have gone (`| head`); what is being done goes on all the same.
+    pub(super) fn line(&mut self, text: &str) {
+        let start = if std::mem::take(&mut self.open_line) { "\r\x1b[K" } else { "" };
+        let _ = writeln!(io::stdout().lock(), "{start}{text}");
+    }
+
+    fn over_line(&mut self, text: &str) {
+        let mut stdout = io::stdout().lock();
+        let _ = write!(stdout, "\r\x1b[K{text}");
+        let _ = stdout.flush();
+        self.open_line = true;
+    }
+
+    pub(super) fn json_line(&mut self, value: &impl Serialize) {
+        if let Ok(text) = serde_json::to_string(value) {
+            self.line(&text);
+        }
+    }
+
+    pub(super) fn answer(&mut self, verb: &str, answer: &Answer) {
+        match answer {
+            Answer::Accepted(accepted) if self.json => {
+                self.json_line(&json!({"event": "accepted", "pid": accepted.pid, "generation": accepted.generation}));
+            }
+            Answer::Accepted(accepted) => {
+                self.line(&format!("{verb} process {} (generation {})", accepted.pid, accepted.generation));
+            }
+            Answer::Stage(stage) if self.json => {
+                #[derive(Serialize)]
+                struct Line<'a> {
+                    event: &'static str,
+                    #[serde(flatten)]
+                    stage: &'a StageEvent,
+                }
+                self.json_line(&Line { event: "stage", stage });
+            }
+            Answer::Stage(stage) => self.stage(stage),
+            _ => {}
+        }
+    }
+
+    fn stage(&mut self, stage: &StageEvent) {
+        let name = stage.stage.to_string();
+        let text = format!("  {name:<10}{:>10}{}", time(stage.at_ms), details(stage));
+        let text = text.trim_end();
+        match stage.stage {
+            StageName::Draining if self.terminal && stage.connections != Some(0) => self.over_line(text),
+            _ => self.line(text),
+        }
+    }
+
+    /// The last word; what went wrong goes to stderr.
+    pub(super) fn result(&mut self, result: &ResultEvent) -> Exit {
+        let exit = Exit::from(result.result);
+        if self.json {
+            #[derive(Serialize)]
+            struct Line<'a> {
+                event: &'static str,
+                #[serde(flatten)]
+                result: &'a ResultEvent,
+                exit_code: u8,
+            }
+            self.json_line(&Line { event: "result", result, exit_code: exit as u8 });
+            return exit;
+        }
+        if exit == Exit::Done {
+            self.line(&result.message);
+            return exit;
+        }
+        self.end_line();
+        let mut stderr = io::stderr().lock();
+        let _ = writeln!(stderr, "handover: {}", result.message);
+        if !result.stderr.is_empty() {
+            let _ = writeln!(stderr, "the last lines that the new build wrote to stderr:");
+        }
+        for line in &result.stderr {
+            let _ = writeln!(stderr, "  | {line}");
+        }
+        exit
+    }
+
+    fn end_line(&mut self) {
+        if std::mem::take(&mut self.open_line) {
+            let _ = writeln!(io::stdout().lock());
+        }
+    }
+
+    pub(super) fn failure(mut self, failure: &Failure) {
+        if self.json {
+            let exit_code = failure.exit as u8;
+            self.json_line(&json!({"event": "error", "message": failure.message, "exit_code": exit_code}));
+        } else {
+            self.end_line();
+            let _ = writeln!(io::stderr().lock(), "handover: {}", failure.message);
+        }
+    }
+}
+
+fn details(stage: &StageEvent) -> String {
+    let mut parts = Vec::new();
+    parts.extend(stage.pid.map(|pid| format!("pid {pid}")));
+    parts.extend(stage.reason.clone());
+    parts.extend(stage.connections.map(|count| match count {
+        1 => "1 connection open".to_owned(),
+        _ => format!("{count} connections open"),
+    }));
+    if let Some(claims) = &stage.claims {
+        let named = [("keeps", &claims.kept), ("adds", &claims.added), ("does not want", &claims.unclaimed)];
+        parts.extend(
+            named.iter().filter(|(_, names)| !names.is_empty()).map(|(verb, names)| format!("{verb} {}", some(names))),
+        );
+    }
+    if parts.is_empty() { String::new() } else { format!("   {}", parts.join("; ")) }
+}
+
+/// There may be thousands.
+fn some(names: &[String]) -> String {
+    const SHOWN: usize = 5;
+    match names.get(..SHOWN) {
+        Some(first) if names.len() > SHOWN => format!("{} and {} more", first.join(", "), names.len() - SHOWN),
+        _ => names.join(", "),
+    }
+}
+
+/// Milliseconds below a second, seconds above.
+fn time(milliseconds: f64) -> String {
+    if milliseconds < 1000.0 { format!("{milliseconds:.1} ms") } else { format!("{:.2} s", milliseconds / 1000.0) }
+}
+
+/// How long something has lasted, in two units at the most.
+pub(super) fn lasted(time: Duration) -> String {
+    let text = humantime::format_duration(Duration::from_secs(time.as_secs())).to_string();
+    text.split(' ').take(2).collect::<Vec<_>>().join(" ")
+}
+
+/// Columns as wide as their widest cell; the last one is not padded.
+pub(super) fn table(rows: &[Vec<String>]) -> Vec<String> {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let cells = |column: usize| rows.iter().filter_map(move |row| row.get(column));
+    let widths: Vec<usize> =
+        (0..columns).map(|column| cells(column).map(|cell| cell.chars().count()).max().unwrap_or(0)).collect();
+    let line = |row: &Vec<String>| {
+        let padded = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [vec!["A".to_owned(), "LONGER".to_owned()], vec!["long".to_owned(), "b".to_owned()]];
+        assert_eq!(table(&rows), ["A     LONGER", "long  b"]);
+    }
+
+    #[test]
+    fn times_read_well() {
+        assert_eq!((time(0.61), time(1004.2)), ("0.6 ms".to_owned(), "1.00 s".to_owned()));
+        assert_eq!(lasted(Duration::from_millis(93_784_500)), "1day 2h");
+    }
+
+    #[test]
+    fn many_names_are_cut_short() {
+        let names: Vec<String> = (0..8).map(|number| number.to_string()).collect();
+        assert_eq!(some(&names), "0, 1, 2, 3, 4 and 3 more");
+        assert_eq!(some(&names[..2]), "0, 1");
+    }
+}

@@ -1,0 +1,94 @@
+//! `handover status`
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use handover::control::{Client, Status, Target, services};
+
+use super::Which;
+use super::exit::{Exit, Failure};
+use super::output::{Output, lasted, table};
+
+/// Show what a process is doing: generation, build, listeners, connections, last upgrade
+#[derive(Args, Debug)]
+#[command(after_long_help = "Examples:\n  \
+    handover status --pid 4711\n  \
+    handover status                      if there is only one\n  \
+    handover status --pid 4711 --json | jq .generation")]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    which: Which,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+pub(super) fn run(arguments: &Arguments, output: &mut Output) -> Result<Exit, Failure> {
+    let target = match arguments.which.target()? {
+        Some(target) => target,
+        None => the_only_one()?,
+    };
+    let status = Client::connect(&target)?.status()?;
+    if output.is_json() {
+        output.json_line(&status);
+    } else {
+        render(&status).iter().for_each(|line| output.line(line));
+    }
+    Ok(Exit::Done)
+}
+
+/// Looking does no harm, so the process need not be named where only one can be meant.
+fn the_only_one() -> Result<Target, Failure> {
+    match services().as_slice() {
+        [] => Err(Failure::new(Exit::NotRunning, "no handover process runs here that this user can see")),
+        [only] => Ok(Target::Pid(only.pid)),
+        several => {
+            let pids: Vec<String> = several.iter().map(|service| service.pid.to_string()).collect();
+            Err(Failure::usage(format!("which process? There are {}: name one with --pid", pids.join(", "))))
+        }
+    }
+}
+
+fn render(status: &Status) -> Vec<String> {
+    let since = at(status.since_unix_ms);
+    let age = SystemTime::now().duration_since(since).unwrap_or_default();
+    let version = status.version.as_ref().map(|version| format!(" {version}")).unwrap_or_default();
+    let build = &status.build;
+    let mut lines = vec![
+        format!("generation   {}, pid {}, {}", status.generation, status.pid, status.state),
+        format!("since        {} ({})", humantime::format_rfc3339_seconds(since), lasted(age)),
+        format!("program      {}{version}", status.program.display()),
+        format!(
+            "build        inode {}, {} bytes, written {}",
+            build.inode,
+            build.size,
+            humantime::format_rfc3339_seconds(at(build.modified_unix_ms))
+        ),
+        format!("connections  {} open, {} accepted", status.connections.open, status.connections.accepted),
+    ];
+    for older in &status.draining {
+        let open = Client::connect(&Target::Pid(older.pid)).and_then(Client::status);
+        let open = open.map(|status| format!(", {} connections open", status.connections.open)).unwrap_or_default();
+        lines.push(format!("draining     generation {} (pid {}){open}", older.generation, older.pid));
+    }
+    if let Some(last) = &status.last_upgrade {
+        lines.push(format!(
+            "last upgrade {}: {}",
+            humantime::format_rfc3339_seconds(at(last.at_unix_ms)),
+            last.message
+        ));
+    }
+    let head = ["LISTENER", "KIND", "ADDRESS", "QUEUE", "SOURCE"].map(str::to_owned).to_vec();
+    let rows = status.listeners.iter().map(|listener| {
+        let queue = listener.queue.map_or_else(|| "-".to_owned(), |queue| queue.to_string());
+        let kind = listener.kind.to_string();
+        vec![listener.name.clone(), kind, listener.address.clone(), queue, listener.source.clone()]
+    });
+    let rows: Vec<Vec<String>> = std::iter::once(head).chain(rows).collect();
+    lines.extend(table(&rows));
+    lines
+}
+
+fn at(unix_ms: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(unix_ms)
+}
