@@ -81,6 +81,21 @@ impl Server {
         }
     }
 
+    /// Removes the socket of a process of this service that has ended and had no time to do it itself. One that answers
+    /// is somebody else's, in another pid namespace.
+    pub(crate) fn remove_left_over(&self, pid: i32) {
+        let path = self.path.with_file_name(format!("{pid}.sock"));
+        let probe = || {
+            let probe = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+            // A full queue would block; it is an answer.
+            probe.set_nonblocking(true)?;
+            probe.connect(&socket2::SockAddr::unix(&path)?)
+        };
+        if probe().is_err_and(|error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            let _ = fs::remove_file(&path);
+        }
+    }
+
     pub(crate) fn listener_poll(&self) -> PollFd<'_> {
         PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)
     }

@@ -181,6 +181,9 @@ impl Engine {
         for (_, mut report) in due {
             let mut result = report.result;
             result.exit = report.process.as_mut().and_then(Process::exit);
+            if let (Some(process), Some(_), Some(server)) = (&report.process, &result.exit, &self.server) {
+                server.remove_left_over(process.pid);
+            }
             result.stderr = report.stderr.map(|tail| tail.lines()).unwrap_or_default();
             log::error!("{}", result.message);
             let at_unix_ms = unix_ms(SystemTime::now());
@@ -192,16 +195,22 @@ impl Engine {
         }
     }
 
-    /// No zombie stays, and generations that are gone are forgotten.
+    /// No zombie stays, generations that are gone are forgotten, and so is what one that was killed has left behind.
     pub(super) fn reap(&mut self) {
-        self.successors.retain_mut(|process| match process.exit() {
+        let mut ended = Vec::new();
+        let mut lives = |process: &mut Process| match process.exit() {
             Some(exit) => {
-                log::debug!("a new process that we had started {exit}");
+                log::debug!("process {} of this service {exit}", process.pid);
+                ended.push(process.pid);
                 false
             }
             None => true,
-        });
-        self.older.retain_mut(|(_, process)| process.exit().is_none());
+        };
+        self.successors.retain_mut(&mut lives);
+        self.older.retain_mut(|(_, process)| lives(process));
+        if let Some(server) = &self.server {
+            ended.into_iter().for_each(|pid| server.remove_left_over(pid));
+        }
     }
 
     pub(super) fn status(&self) -> Status {

@@ -87,6 +87,8 @@ pub(super) fn milliseconds_since(begun: Instant) -> f64 {
 
 /// Another process of this service.
 pub(super) struct Process {
+    /// As this process sees it.
+    pub(super) pid: i32,
     pidfd: OwnedFd,
     /// We spawned it, so we reap it.
     is_child: bool,
@@ -94,12 +96,12 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn child(pidfd: OwnedFd) -> Self {
-        Self { pidfd, is_child: true, exit: None }
+    pub(super) fn child(pid: i32, pidfd: OwnedFd) -> Self {
+        Self { pid, pidfd, is_child: true, exit: None }
     }
 
-    pub(super) fn other(pidfd: OwnedFd) -> Self {
-        Self { pidfd, is_child: false, exit: None }
+    pub(super) fn other(pid: i32, pidfd: OwnedFd) -> Self {
+        Self { pid, pidfd, is_child: false, exit: None }
     }
 
     /// How it ended, once it has; a child is reaped.

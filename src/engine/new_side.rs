@@ -35,7 +35,8 @@ impl Upstream {
 pub(super) fn watch_older(older: Vec<DrainingGeneration>) -> Vec<(DrainingGeneration, Process)> {
     let watch = |one: DrainingGeneration| {
         let pidfd = sys::pidfd_open(Pid::from_raw(one.pid)).ok()?;
-        Some((one, Process::other(pidfd)))
+        let process = Process::other(one.pid, pidfd);
+        Some((one, process))
     };
     older.into_iter().filter_map(watch).collect()
 }

@@ -39,7 +39,8 @@ impl Engine {
         if let Some((stream, pid)) = pulled {
             log::info!("process {pid} asks for the handover");
             attempt.pid = Some(pid.as_raw());
-            attempt.process = sys::pidfd_of_peer(stream.as_fd(), pid).ok().map(Process::other);
+            let pidfd = sys::pidfd_of_peer(stream.as_fd(), pid).ok();
+            attempt.process = pidfd.map(|pidfd| Process::other(pid.as_raw(), pidfd));
             attempt.channel = Channel::new(stream).ok();
         }
         self.attempt = Some(attempt);
@@ -126,7 +127,7 @@ impl Engine {
         log::info!("spawned {} as process {pid}", plan.program.display());
         // A child that we have not reaped keeps its pid.
         attempt.pid = Some(pid.as_raw());
-        attempt.process = Some(Process::child(sys::pidfd_open(pid).map_err(io)?));
+        attempt.process = Some(Process::child(pid.as_raw(), sys::pidfd_open(pid).map_err(io)?));
         attempt.channel = Some(channel);
         if let Some(pipe) = pipe {
             let shared = shared.clone();
@@ -230,7 +231,10 @@ impl Engine {
                 attempt.offered.sort_by(by_name);
                 if listeners != attempt.offered {
                     let (got, offered) = (listeners.len(), attempt.offered.len());
-                    let cause = format!("adopted {got} listeners, not the {offered} that were offered");
+                    let cause = match got == offered {
+                        true => "adopted other sockets than those that were offered".to_owned(),
+                        false => format!("adopted {got} listeners, not the {offered} that were offered"),
+                    };
                     return self.failed(Failure::ChannelBroken, cause);
                 }
                 if !(VERSIONS.min..=VERSIONS.max).contains(&protocol) {
@@ -365,8 +369,14 @@ impl Engine {
             ..ResultEvent::new(outcome, format!("{verdict}: {what}; {serves}"))
         };
         let deadline = Instant::now() + Report::PATIENCE;
-        // One that pulled is not ours to wait for.
-        let process = attempt.process.filter(|_| attempt.origin == Origin::Push);
+        // One that pulled is not ours to wait for; only what it leaves is of interest.
+        let process = match attempt.origin {
+            Origin::Push => attempt.process,
+            Origin::Pull => {
+                self.successors.extend(attempt.process);
+                None
+            }
+        };
         let (requester, stderr) = (attempt.requester, attempt.stderr);
         self.reports.push(Report { result, requester, process, stderr, deadline });
     }
