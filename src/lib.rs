@@ -1,5 +1,7 @@
 //! Replace a running server with its new build without dropping a connection.
-#![warn(missing_docs)]
+// Nothing that the outside does may end the process.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 // In the order of an upgrade.
 mod config;
 mod handover;

@@ -140,7 +140,9 @@ impl Engine {
                 Ok(Received::Message(other)) => {
                     (Event::Aborted, format!("the old process sent `{}` out of turn", other.name()), true)
                 }
-                Err(broken @ Broken::Malformed(_)) => (Event::Aborted, format!("the old process {broken}"), true),
+                Err(broken @ (Broken::Malformed(_) | Broken::Versions(_))) => {
+                    (Event::Aborted, format!("the old process {broken}"), true)
+                }
                 Err(Broken::Io(_)) => (Event::ChannelEnded, String::new(), true),
             };
             if event == Event::ChannelEnded && self.inherit.stage() != Stage::Owner {

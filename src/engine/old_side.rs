@@ -193,7 +193,9 @@ impl Engine {
                 Ok(Received::Nothing) => return,
                 Ok(Received::Message(message)) => self.on_message(message),
                 Ok(Received::End) => self.channel_ended("closed the channel".to_owned()),
-                Err(broken @ Broken::Malformed(_)) => self.failed(Failure::ChannelBroken, broken.to_string()),
+                Err(broken @ (Broken::Malformed(_) | Broken::Versions(_))) => {
+                    self.failed(Failure::ChannelBroken, broken.to_string())
+                }
                 Err(broken @ Broken::Io(_)) => self.channel_ended(broken.to_string()),
             };
             self.tell_old_side(event);
