@@ -10,7 +10,7 @@ use std::time::Instant;
 use nix::poll::{PollFd, PollFlags};
 use sendfd::SendWithFd;
 
-use crate::protocol::{FD_BYTE, FDS_PER_MESSAGE, HEADER_BYTES, Header, Malformed, Message, Offer};
+use crate::protocol::{FD_BYTE, FDS_PER_MESSAGE, HEADER_BYTES, Header, Malformed, Message, Offer, VERSIONS, Versions};
 use crate::sys;
 
 pub(crate) struct Channel {
@@ -40,6 +40,8 @@ pub(crate) enum Received {
 #[derive(Debug)]
 pub(crate) enum Broken {
     Malformed(Malformed),
+    /// It speaks none of our versions.
+    Versions(Versions),
     Io(io::Error),
 }
 
@@ -47,7 +49,7 @@ impl std::fmt::Display for Broken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Malformed(malformed) => write!(f, "sent {malformed}"),
-            Self::Io(error) if error.kind() == io::ErrorKind::BrokenPipe => f.write_str("closed the channel"),
+            Self::Versions(versions) => write!(f, "speaks protocol versions {versions}, this build speaks {VERSIONS}"),
             Self::Io(error) => write!(f, "cannot be talked to: {error}"),
         }
     }
@@ -71,7 +73,8 @@ impl Channel {
         Ok(Self { stream, incoming: Vec::new(), has_read: false, outgoing: VecDeque::new() })
     }
 
-    /// Queues a frame and sends what the socket takes; [`flush`](Self::flush) sends the rest.
+    /// Queues a frame and sends what the socket takes; [`flush`](Self::flush) sends the rest. That the other side has
+    /// closed the channel is no error here: what it said before is still to be read, and after that comes the end.
     pub(crate) fn send(&mut self, message: Message, fds: Vec<Arc<OwnedFd>>) -> Result<(), Broken> {
         let bytes = message.encode().map_err(|malformed| io::Error::other(malformed.0))?;
         self.outgoing.push_back(Outgoing::Bytes { bytes, sent: 0 });
@@ -98,6 +101,10 @@ impl Channel {
                 Ok(false) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                    self.outgoing.clear();
+                    return Ok(());
+                }
                 Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => {
                     return Err(io::Error::other(
                         "too many fds in flight for this user (raise `ulimit -n` or LimitNOFILE=)",
@@ -169,8 +176,10 @@ impl Channel {
         if !self.read_exact(&mut body, deadline)? {
             return Ok(None);
         }
-        let message = Message::decode(header, &body)?;
-        let offer = match message {
+        if let Some(versions) = header.offered_versions(&body).filter(|versions| VERSIONS.common(*versions).is_none()) {
+            return Err(Broken::Versions(versions));
+        }
+        let offer = match Message::decode(header, &body)? {
             Message::Offer(offer) => offer,
             Message::Aborted { reason } => return Err(Malformed(format!("`aborted`: {reason}")).into()),
             other => return Err(Malformed(format!("`{}` instead of an offer", other.name())).into()),
@@ -254,7 +263,7 @@ pub(crate) fn poll_fd<'a>(fd: &'a impl AsFd, flags: PollFlags) -> PollFd<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{Kind, OfferedListener, VERSIONS};
+    use crate::protocol::{Kind, OfferedListener};
     use std::time::Duration;
 
     fn soon() -> Instant {

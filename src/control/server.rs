@@ -268,7 +268,7 @@ impl Server {
     }
 
     /// Gives the connection up to become a channel, after `event` is said on it.
-    pub(crate) fn into_channel(&mut self, id: ClientId, event: &Event) -> Option<(UnixStream, Pid)> {
+    pub(crate) fn take_channel(&mut self, id: ClientId, event: &Event) -> Option<(UnixStream, Pid)> {
         self.send(id, event);
         let client = self.clients.remove(&id)?;
         client.outgoing.is_empty().then_some((client.stream, client.pid))

@@ -181,15 +181,17 @@ impl Engine {
         for (_, mut report) in due {
             let mut result = report.result;
             result.exit = report.process.as_mut().and_then(Process::exit);
-            if let (Some(process), Some(_), Some(server)) = (&report.process, &result.exit, &self.server) {
-                server.remove_left_over(process.pid);
+            match (&report.process, &result.exit, &self.server) {
+                (Some(process), Some(_), Some(server)) => server.remove_left_over(process.pid),
+                (Some(process), None, _) => process.kill(),
+                _ => {}
             }
             result.stderr = report.stderr.map(|tail| tail.lines()).unwrap_or_default();
             log::error!("{}", result.message);
             let at_unix_ms = unix_ms(SystemTime::now());
             let (outcome, message) = (result.result, result.message.clone());
             self.last_upgrade = Some(LastUpgrade { result: outcome, message, at_unix_ms });
-            // It was killed, and is reaped when the kernel is done with it.
+            // Reaped when the kernel is done with it.
             self.successors.extend(report.process.filter(|_| result.exit.is_none()));
             self.answer(report.requester, result);
         }

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags};
 use socket2::SockRef;
 
 use crate::channel::{Broken, Channel};
@@ -44,9 +45,23 @@ pub(crate) fn from_environment() -> Result<Option<Handed>, Error> {
     let Some(stream) = channel_from_environment() else { return Ok(None) };
     let handed = receive(stream, None, "take the handover of the old process")?;
     if handed.is_none() {
+        give_up_dead_stderr();
         log::warn!("the old process died before it had handed over its listeners: starting afresh");
     }
     Ok(handed)
+}
+
+/// The old process is dead, and has not given us the stderr that was to replace the pipe to it: nobody reads that any
+/// more, and writing to it would fail, which makes `eprintln!` panic.
+fn give_up_dead_stderr() {
+    let stderr = io::stderr();
+    let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::empty())];
+    let looked = crate::poll::wait_any(&mut fds, Some(Instant::now()));
+    let dead = looked.is_ok() && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR));
+    if dead {
+        let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
+        let _ = null.and_then(|null| sys::replace_stderr(null.as_fd()));
+    }
 }
 
 /// Asks a running process for its listeners.
@@ -87,22 +102,19 @@ fn receive(stream: UnixStream, old_pid: Option<i32>, tried: &str) -> Result<Opti
         Ok(Some(offered)) => offered,
         Ok(None) => return Ok(None),
         Err(broken) => {
-            let reason = match &broken {
-                Broken::Malformed(malformed) => format!("the old process sent {malformed}"),
-                Broken::Io(error) => format!("the offer could not be received: {error}"),
+            let (reason, versions) = match &broken {
+                Broken::Io(error) => (format!("the offer could not be received: {error}"), false),
+                Broken::Versions(_) => {
+                    (format!("the old process {broken}: upgrade by way of a build that speaks both"), true)
+                }
+                Broken::Malformed(_) => (format!("the old process {broken}"), false),
             };
-            refuse(&mut channel, &reason, false);
+            refuse(&mut channel, &reason, versions);
             return Err(failed(reason));
         }
     };
-    let Some(version) = VERSIONS.common(offer.protocol) else {
-        let reason = format!(
-            "the old process speaks protocol versions {}, this build speaks {}: upgrade by way of a build that speaks both",
-            offer.protocol, VERSIONS
-        );
-        refuse(&mut channel, &reason, true);
-        return Err(failed(reason));
-    };
+    // `receive_offer` has seen that there is one.
+    let version = VERSIONS.common(offer.protocol).unwrap_or(VERSIONS.max);
     match check(offer, fds, old_pid) {
         Ok(parts) => {
             let listeners = parts.inherited.iter();
