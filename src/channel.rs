@@ -68,7 +68,8 @@ impl Channel {
         Ok(Self { stream, incoming: Vec::new(), outgoing: VecDeque::new() })
     }
 
-    /// Queues a frame and sends what the socket takes; [`flush`](Self::flush) sends the rest.
+    /// Queues a frame and sends what the socket takes; [`flush`](Self::flush) sends the rest. That the other side has
+    /// closed the channel is no error here: what it said before is still to be read, and after that comes the end.
     pub(crate) fn send(&mut self, message: Message, fds: Vec<Arc<OwnedFd>>) -> Result<(), Broken> {
         let bytes = message.encode().map_err(|malformed| io::Error::other(malformed.0))?;
         self.outgoing.push_back(Outgoing::Bytes { bytes, sent: 0 });
@@ -95,6 +96,10 @@ impl Channel {
                 Ok(false) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                    self.outgoing.clear();
+                    return Ok(());
+                }
                 Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => {
                     return Err(io::Error::other(
                         "too many fds in flight for this user (raise `ulimit -n` or LimitNOFILE=)",

@@ -171,6 +171,11 @@ impl GatedSocket {
     }
 
     #[cfg(feature = "tokio")]
+    pub(crate) fn is_open(&self) -> bool {
+        matches!(&*self.slot.read().unwrap_or_else(PoisonError::into_inner), Slot::Open(_))
+    }
+
+    #[cfg(feature = "tokio")]
     pub(crate) fn on_shut(&self, deregister: impl Fn() + Send + 'static) {
         lock(&self.on_shut).push(Box::new(deregister));
     }

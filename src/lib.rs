@@ -14,6 +14,12 @@ mod listeners;
 mod gate;
 mod net;
 mod connections;
+#[cfg(feature = "tokio")]
+pub mod tokio;
+#[cfg(feature = "hyper")]
+pub mod hyper;
+#[cfg(feature = "axum")]
+pub mod axum;
 pub mod control;
 mod watch;
 mod poll;

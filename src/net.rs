@@ -47,14 +47,15 @@ impl Behind {
     }
 }
 
-/// Takes one connection; CLOEXEC in the same call, and counted before anybody else can look.
-pub(crate) fn accept<S: AsFd + From<OwnedFd>>(
+/// Takes one connection; CLOEXEC in the same call, and counted before the gate can be shut behind it.
+pub(crate) fn accept<S: AsFd>(
     shared: &Shared,
     listener: BorrowedFd<'_>,
     flags: i32,
+    stream: impl Fn(OwnedFd) -> io::Result<S>,
 ) -> io::Result<(Connection<S>, SockAddr)> {
     let (socket, peer) = SockRef::from(&listener).accept4(libc::SOCK_CLOEXEC | flags)?;
-    Ok((shared.connections.track(S::from(OwnedFd::from(socket))), peer))
+    Ok((shared.connections.track(stream(socket.into())?), peer))
 }
 
 pub(crate) fn ip_of(peer: &SockAddr) -> io::Result<SocketAddr> {
@@ -104,7 +105,7 @@ impl TcpListener {
     ///
     /// Those of `accept4(2)`: for one connection (`ECONNABORTED`) or for the process (`EMFILE`).
     pub fn accept(&self) -> io::Result<Option<(Connection<TcpStream>, SocketAddr)>> {
-        let accepted = self.0.take(|fd| accept(&self.0.shared, fd, 0))?;
+        let accepted = self.0.take(|fd| accept(&self.0.shared, fd, 0, |fd| Ok(fd.into())))?;
         accepted.map(|(connection, peer)| Ok((connection, ip_of(&peer)?))).transpose()
     }
 
@@ -141,7 +142,7 @@ impl UnixListener {
     ///
     /// As for [`TcpListener::accept`].
     pub fn accept(&self) -> io::Result<Option<Connection<UnixStream>>> {
-        let accepted = self.0.take(|fd| accept(&self.0.shared, fd, 0))?;
+        let accepted = self.0.take(|fd| accept(&self.0.shared, fd, 0, |fd| Ok(fd.into())))?;
         Ok(accepted.map(|(connection, _)| connection))
     }
 

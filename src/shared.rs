@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -40,6 +40,8 @@ pub(crate) struct Shared {
     pub(crate) wake: Arc<EventFd>,
     /// Readable once this process drains: for threads that wait for a connection and for this.
     pub(crate) draining_event: EventFd,
+    /// The same for those who look at every response.
+    is_draining: AtomicBool,
     listeners: Mutex<Listeners>,
     commands: Mutex<VecDeque<Command>>,
     handed_state: Mutex<Option<HandedState>>,
@@ -83,10 +85,6 @@ pub struct Drained {
 }
 
 impl Phase {
-    pub(crate) fn begin_drain(&mut self, upgraded: bool, deadline: Option<Instant>) {
-        self.draining = Some(DrainPhase { upgraded, begun: Instant::now(), deadline });
-    }
-
     /// What was open has been cut.
     pub(crate) fn deadline_passed(&mut self) {
         if let Some(draining) = &mut self.draining {
@@ -129,6 +127,7 @@ impl Shared {
             connections: Arc::new(Connections::new(wake_on(&wake))),
             phase: Arc::new(Watch::new(Phase { ownership, draining: None, drained: None })),
             draining_event: event().map_err(|error| failed(error.into()))?,
+            is_draining: AtomicBool::new(false),
             wake,
             listeners: Mutex::new(Listeners::new(inherited)),
             commands: Mutex::default(),
@@ -185,8 +184,21 @@ impl Shared {
         }
     }
 
-    pub(crate) fn take_drain_hooks(&self) -> Vec<DrainHook> {
+    /// Tells the application, in each of the ways in which it may wait for it.
+    pub(crate) fn begin_drain(&self, upgraded: bool, deadline: Option<Instant>) {
+        self.is_draining.store(true, Ordering::SeqCst);
+        self.phase.update(|phase| {
+            phase.draining = Some(DrainPhase { upgraded, begun: Instant::now(), deadline });
+        });
         let _ = self.draining_event.write(1);
+    }
+
+    #[cfg(feature = "hyper")]
+    pub(crate) fn is_draining(&self) -> bool {
+        self.is_draining.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn take_drain_hooks(&self) -> Vec<DrainHook> {
         std::mem::take(&mut *lock(&self.drain_hooks))
     }
 

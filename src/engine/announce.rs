@@ -181,12 +181,15 @@ impl Engine {
         for (_, mut report) in due {
             let mut result = report.result;
             result.exit = report.process.as_mut().and_then(Process::exit);
+            if let (None, Some(process)) = (&result.exit, &report.process) {
+                process.kill();
+            }
             result.stderr = report.stderr.map(|tail| tail.lines()).unwrap_or_default();
             log::error!("{}", result.message);
             let at_unix_ms = unix_ms(SystemTime::now());
             let (outcome, message) = (result.result, result.message.clone());
             self.last_upgrade = Some(LastUpgrade { result: outcome, message, at_unix_ms });
-            // It was killed, and is reaped when the kernel is done with it.
+            // Reaped when the kernel is done with it.
             self.successors.extend(report.process.filter(|_| result.exit.is_none()));
             self.answer(report.requester, result);
         }

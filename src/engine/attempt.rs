@@ -50,8 +50,8 @@ pub(super) struct Attempt {
     pub(super) claims: Claims,
     /// Why it says that it is still starting.
     pub(super) starting: Option<String>,
-    /// Listeners on which the new application waits.
-    pub(super) accepting: Vec<String>,
+    /// Listeners on which the new application waits, once it has answered the commit.
+    pub(super) accepting: Option<Vec<String>>,
     /// What went wrong; completes "the new build …".
     pub(super) cause: Option<String>,
 }
@@ -70,7 +70,7 @@ impl Attempt {
             offered: vec![],
             claims: Claims::default(),
             starting: None,
-            accepting: vec![],
+            accepting: None,
             cause: None,
         }
     }

@@ -1,7 +1,7 @@
 //! The engine's part in becoming the new process: the channel to the old one, and what the `Inherit` machine wants
 //! done.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Instant, SystemTime};
 
 use nix::unistd::Pid;
@@ -78,11 +78,7 @@ impl Engine {
     }
 
     fn open_as_new(&mut self) {
-        if let Some(stderr) = self.upstream.as_mut().and_then(|upstream| upstream.stderr.take()) {
-            if let Err(error) = sys::replace_stderr(std::os::fd::AsFd::as_fd(&stderr)) {
-                log::warn!("stderr stays a pipe to the old process: {error}");
-            }
-        }
+        self.take_stderr();
         // Before anything that takes time: clients wait.
         self.shared.gate.open();
         {
@@ -100,6 +96,15 @@ impl Engine {
             self.send_accepting();
         }
         self.shared.phase.update(|phase| phase.ownership = Ownership::Owner);
+    }
+
+    /// Until now fd 2 was a pipe to the old process.
+    fn take_stderr(&mut self) {
+        if let Some(stderr) = self.upstream.as_mut().and_then(|upstream| upstream.stderr.take()) {
+            if let Err(error) = sys::replace_stderr(stderr.as_fd()) {
+                log::warn!("stderr stays a pipe to the old process: {error}");
+            }
+        }
     }
 
     /// Tells the old process on which listeners the application waits, if there are more than it knows.
@@ -139,6 +144,8 @@ impl Engine {
                 Err(Broken::Io(_)) => (Event::ChannelEnded, String::new(), true),
             };
             if event == Event::ChannelEnded && self.inherit.stage() != Stage::Owner {
+                // Nobody reads that pipe any more.
+                self.take_stderr();
                 log::warn!(
                     "the old process died in the middle of the upgrade: generation {} takes over",
                     self.shared.generation

@@ -22,6 +22,9 @@ use crate::upgrade::spawn::Plan;
 use crate::upgrade::stderr::StderrTail;
 use crate::upgrade::{Action, Event, Failure, Origin, Progress, Timer};
 
+/// How long the answer to commit may take, where the trial is over sooner.
+const ACCEPTING_PATIENCE: Duration = Duration::from_millis(500);
+
 impl Engine {
     /// A trigger has come.
     pub(super) fn begin(
@@ -55,7 +58,7 @@ impl Engine {
             Action::Spawn => return Some(self.outcome_of(Self::spawn, Event::Spawned, Failure::NotSpawned)),
             Action::Offer => {
                 if let Err(cause) = self.offer() {
-                    return Some(self.channel_ended(cause));
+                    return Some(self.failed(Failure::ChannelBroken, cause));
                 }
             }
             Action::ShutGate => {
@@ -65,7 +68,7 @@ impl Engine {
             Action::OpenGate => self.shared.gate.open(),
             Action::Commit => {
                 if let Err(cause) = self.send(Message::Commit) {
-                    return Some(self.channel_ended(cause));
+                    return Some(self.failed(Failure::ChannelBroken, cause));
                 }
             }
             Action::Settle => self.settle(),
@@ -201,7 +204,7 @@ impl Engine {
     fn channel_ended(&mut self, cause: String) -> Event {
         let process = self.attempt.as_mut().and_then(|attempt| attempt.process.as_mut());
         let exit = process.and_then(|process| {
-            process.wait_for_end(Duration::from_millis(50));
+            process.wait_for_end(Duration::from_millis(200));
             process.exit()
         });
         match exit {
@@ -253,7 +256,7 @@ impl Engine {
             (_, Message::GaveUp { reason }) => self.failed(Failure::GaveUp, format!("gave up: {reason}")),
             (_, Message::Stopping) => Event::NewIsStopping,
             (S::Trial, Message::Accepting { listeners }) => {
-                attempt.accepting = listeners;
+                attempt.accepting = Some(listeners);
                 // Nothing follows from it before the end of the trial.
                 Event::StillStarting
             }
@@ -261,28 +264,42 @@ impl Engine {
         }
     }
 
-    /// At the end of the trial: connections that wait where the new application has never waited for any say that it
-    /// does not serve.
+    /// At the end of the trial the new process must have said that it accepts, and no connection may wait where its
+    /// application has never waited for any.
     pub(super) fn end_trial(&mut self) {
-        let stuck = self.attempt.as_ref().and_then(|attempt| {
-            let listeners = self.shared.listeners();
-            let stuck = listeners.entries().find(|entry| {
-                attempt.claims.kept.contains(&entry.name)
-                    && !attempt.accepting.contains(&entry.name)
-                    && entry.socket.was_waited_on()
-                    && has_something_waiting(entry)
-            });
-            stuck.map(|entry| {
-                format!("became ready and never accepted on listener `{}`, where clients wait", entry.name)
-            })
-        });
-        match stuck {
+        match self.why_it_does_not_serve() {
             Some(cause) => {
                 let event = self.failed(Failure::NotAccepting, cause);
                 self.tell_old_side(event);
             }
             None => self.tell_old_side(Event::TimedOut(Timer::Trial)),
         }
+    }
+
+    fn why_it_does_not_serve(&mut self) -> Option<String> {
+        // A trial may be shorter than the way of a frame.
+        let answered = |this: &Self| this.attempt.as_ref().is_none_or(|attempt| attempt.accepting.is_some());
+        let patience = Instant::now() + ACCEPTING_PATIENCE;
+        while !answered(self) {
+            let channel = self.attempt.as_ref().and_then(|attempt| attempt.channel.as_ref());
+            let heard = channel.is_some_and(|channel| {
+                crate::poll::wait(channel.as_fd(), PollFlags::POLLIN, Some(patience)).unwrap_or(false)
+            });
+            if !heard {
+                return Some("became ready and did not answer the commit".to_owned());
+            }
+            self.read_channel();
+        }
+        let attempt = self.attempt.as_ref()?;
+        let accepting = attempt.accepting.as_ref()?;
+        let listeners = self.shared.listeners();
+        let stuck = listeners.entries().find(|entry| {
+            attempt.claims.kept.contains(&entry.name)
+                && !accepting.contains(&entry.name)
+                && entry.socket.was_waited_on()
+                && has_something_waiting(entry)
+        });
+        stuck.map(|entry| format!("became ready and never accepted on listener `{}`, where clients wait", entry.name))
     }
 
     fn settle(&mut self) {
@@ -304,7 +321,10 @@ impl Engine {
         let _ = self.send(Message::Aborted { reason });
         let Some(attempt) = &mut self.attempt else { return };
         attempt.channel = None;
-        if let (Origin::Push, Some(process)) = (attempt.origin, &attempt.process) {
+        // One that refuses or gives up ends by itself, with its last words; it is killed if it has not by the time of
+        // the report.
+        let ends_by_itself = matches!(failure, Failure::Refused | Failure::GaveUp);
+        if let (Origin::Push, Some(process), false) = (attempt.origin, &attempt.process, ends_by_itself) {
             process.kill();
         }
     }
@@ -377,7 +397,7 @@ impl Engine {
         let upgraded = self.drain.upgraded;
         log::info!("draining {} connections", self.shared.connections.open());
         self.shared.connections.watch_for_idle();
-        self.shared.phase.update(|phase| phase.begin_drain(upgraded, deadline));
+        self.shared.begin_drain(upgraded, deadline);
         run_drain_hooks(&self.shared);
     }
 

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags};
 use socket2::SockRef;
 
 use crate::channel::{Broken, Channel};
@@ -44,9 +45,23 @@ pub(crate) fn from_environment() -> Result<Option<Handed>, Error> {
     let Some(stream) = channel_from_environment() else { return Ok(None) };
     let handed = receive(stream, None, "take the handover of the old process")?;
     if handed.is_none() {
+        give_up_dead_stderr();
         log::warn!("the old process died before it had handed over its listeners: starting afresh");
     }
     Ok(handed)
+}
+
+/// The old process is dead, and has not given us the stderr that was to replace the pipe to it: nobody reads that any
+/// more, and writing to it would fail, which makes `eprintln!` panic.
+fn give_up_dead_stderr() {
+    let stderr = io::stderr();
+    let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::empty())];
+    let looked = crate::poll::wait_any(&mut fds, Some(Instant::now()));
+    let dead = looked.is_ok() && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR));
+    if dead {
+        let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
+        let _ = null.and_then(|null| sys::replace_stderr(null.as_fd()));
+    }
 }
 
 /// Asks a running process for its listeners.

@@ -1,0 +1,60 @@
+//! An echo server on tokio: each line comes back as `gen=<generation> pid=<pid> <line>`.
+//!
+//! `cargo run --features tokio --example tokio -- --listen 127.0.0.1:7000`, then `handover upgrade --pid <pid>`.
+
+use std::time::Duration;
+
+use clap::Parser;
+use handover::{Config, Connection, Handover};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+
+#[derive(Parser)]
+struct Arguments {
+    #[arg(long, default_value = "127.0.0.1:7000")]
+    listen: String,
+    #[arg(long)]
+    pid_file: Option<std::path::PathBuf>,
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    env_logger::init();
+    let arguments = Arguments::parse();
+
+    let handover = Handover::start(Config::default())?; // inherits, or starts generation 1
+    let mut listener = handover::tokio::TcpListener::new(handover.tcp("echo", &arguments.listen)?);
+    handover.ready_async().await?; // returns when this process owns the listeners
+    if let Some(file) = arguments.pid_file {
+        std::fs::write(file, format!("{}\n", std::process::id()))?;
+    }
+    while let Some((connection, _)) = listener.accept().await? {
+        tokio::spawn(echo(handover.clone(), connection));
+    }
+    let drained = handover.drained().await; // every connection has ended
+    log::info!("{drained:?}");
+    Ok(())
+}
+
+async fn echo(handover: Handover, connection: Connection<TcpStream>) -> std::io::Result<()> {
+    let (generation, pid) = (handover.generation(), std::process::id());
+    let mut connection = BufReader::new(connection);
+    let mut line = String::new();
+    let mut draining = handover.draining();
+    loop {
+        line.clear();
+        let read = async {
+            tokio::select! {
+                read = connection.read_line(&mut line) => return read,
+                () = &mut draining => {}
+            }
+            // A line may be on its way: only a silent connection is closed.
+            let read = tokio::time::timeout(Duration::from_secs(5), connection.read_line(&mut line));
+            read.await.unwrap_or(Ok(0))
+        };
+        if read.await? == 0 {
+            return Ok(());
+        }
+        connection.write_all(format!("gen={generation} pid={pid} {line}").as_bytes()).await?;
+    }
+}

@@ -1,0 +1,328 @@
+//! Listeners for tokio, behind the gate and counting connections.
+//!
+//! Each has one task that accepts; the socket leaves tokio's epoll set while the gate is shut.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use handover::{Config, Handover};
+//!
+//! let handover = Handover::start(Config::default())?;
+//! let mut listener = handover::tokio::TcpListener::new(handover.tcp("echo", "127.0.0.1:7000")?);
+//! handover.ready_async().await?;
+//! while let Some((connection, peer)) = listener.accept().await? {
+//!     tokio::spawn(async move { drop((connection, peer)) });
+//! }
+//! handover.drained().await;
+//! # Ok(())
+//! # }
+//! ```
+
+use std::fmt;
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, ready};
+
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::connections::Connection;
+use crate::gate::{GateState, Taken};
+use crate::net::{self, Behind, Datagrams};
+use crate::sys;
+use crate::watch::{Found, lock};
+
+type Registration = Arc<Mutex<Option<AsyncFd<Arc<OwnedFd>>>>>;
+type GateMoved = Found<GateState, fn(&GateState) -> Option<()>>;
+
+/// A socket in tokio's epoll set while the gate is open.
+struct Registered {
+    behind: Behind,
+    registration: Registration,
+    moved: Option<GateMoved>,
+}
+
+impl Registered {
+    fn new(behind: Behind) -> Self {
+        let registration = Registration::default();
+        let for_gate = registration.clone();
+        // Dropping it deregisters, before the other process is told that the gate is shut.
+        behind.socket.on_shut(move || drop(lock(&for_gate).take()));
+        Self { behind, registration, moved: None }
+    }
+
+    async fn take<R>(&mut self, attempt: impl Fn(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<Option<R>> {
+        poll_fn(|context| self.poll_take(context, &attempt)).await
+    }
+
+    fn poll_take<R>(
+        &mut self,
+        context: &mut Context<'_>,
+        attempt: &impl Fn(BorrowedFd<'_>) -> io::Result<R>,
+    ) -> Poll<io::Result<Option<R>>> {
+        loop {
+            match self.behind.shared.gate.try_take(&self.behind.socket, attempt)? {
+                Taken::Done(taken) => return Poll::Ready(Ok(Some(taken))),
+                Taken::Closed => return Poll::Ready(Ok(None)),
+                Taken::Shut => ready!(self.poll_gate(context, |state| (*state != GateState::Shut).then_some(()))),
+                Taken::NothingThere(fd) => {
+                    let readable = self.poll_readable(context, fd)?;
+                    let moved = self.poll_gate(context, |state| (*state != GateState::Open).then_some(()));
+                    if readable.is_pending() && moved.is_pending() {
+                        return Poll::Pending;
+                    }
+                }
+            }
+        }
+    }
+
+    fn poll_gate(&mut self, context: &mut Context<'_>, moved: fn(&GateState) -> Option<()>) -> Poll<()> {
+        let state = &self.behind.shared.gate.state;
+        let mut future = state.clone().future(moved);
+        let found = Pin::new(&mut future).poll(context);
+        // Kept, because it is woken only while it lives.
+        self.moved = found.is_pending().then_some(future);
+        found
+    }
+
+    /// Ready means: try again. Readiness that an attempt has just used up is forgotten first.
+    fn poll_readable(&mut self, context: &mut Context<'_>, fd: Arc<OwnedFd>) -> io::Result<Poll<()>> {
+        let mut registration = lock(&self.registration);
+        // Under the lock: once the gate is shut nobody puts the socket back.
+        if !self.behind.socket.is_open() {
+            return Ok(Poll::Ready(()));
+        }
+        let registered = match &mut *registration {
+            Some(registered) => registered,
+            empty => empty.insert(register(fd)?),
+        };
+        match registered.poll_read_ready(context)? {
+            Poll::Ready(mut guard) => {
+                guard.clear_ready();
+                Ok(Poll::Ready(()))
+            }
+            Poll::Pending => Ok(Poll::Pending),
+        }
+    }
+}
+
+#[allow(deprecated, reason = "an `Arc<OwnedFd>` keeps its fd open, which is what the constructor cannot know")]
+fn register(fd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    AsyncFd::with_interest(fd, Interest::READABLE)
+}
+
+/// A TCP listener for tokio; from [`Handover::tcp`](crate::Handover::tcp).
+pub struct TcpListener(Registered);
+
+impl TcpListener {
+    /// Moves the listener to tokio.
+    #[must_use]
+    pub fn new(listener: crate::TcpListener) -> Self {
+        Self(Registered::new(listener.0))
+    }
+
+    /// The next connection. Waits while the gate is shut; `None` once this process drains.
+    ///
+    /// # Errors
+    ///
+    /// Those of `accept4(2)`: for one connection (`ECONNABORTED`) or for the process (`EMFILE`).
+    pub async fn accept(&mut self) -> io::Result<Option<(Connection<TcpStream>, SocketAddr)>> {
+        let shared = self.0.behind.shared.clone();
+        let stream = |fd: OwnedFd| TcpStream::from_std(fd.into());
+        let accepted = self.0.take(|fd| net::accept(&shared, fd, libc::SOCK_NONBLOCK, stream)).await?;
+        accepted.map(|(connection, peer)| Ok((connection, net::ip_of(&peer)?))).transpose()
+    }
+
+    /// Where it is bound.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.0.behind.ip()
+    }
+
+    #[cfg(feature = "hyper")]
+    pub(crate) fn shared(&self) -> &Arc<crate::shared::Shared> {
+        &self.0.behind.shared
+    }
+}
+
+impl From<crate::TcpListener> for TcpListener {
+    fn from(listener: crate::TcpListener) -> Self {
+        Self::new(listener)
+    }
+}
+
+impl fmt::Debug for TcpListener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TcpListener").field("address", &self.local_addr()).finish_non_exhaustive()
+    }
+}
+
+/// A Unix stream listener for tokio; from [`Handover::unix`](crate::Handover::unix).
+pub struct UnixListener(Registered);
+
+impl UnixListener {
+    /// Moves the listener to tokio.
+    #[must_use]
+    pub fn new(listener: crate::UnixListener) -> Self {
+        Self(Registered::new(listener.0))
+    }
+
+    /// The next connection. Waits while the gate is shut; `None` once this process drains.
+    ///
+    /// # Errors
+    ///
+    /// As for [`TcpListener::accept`].
+    pub async fn accept(&mut self) -> io::Result<Option<Connection<UnixStream>>> {
+        let shared = self.0.behind.shared.clone();
+        let stream = |fd: OwnedFd| UnixStream::from_std(fd.into());
+        let accepted = self.0.take(|fd| net::accept(&shared, fd, libc::SOCK_NONBLOCK, stream)).await?;
+        Ok(accepted.map(|(connection, _)| connection))
+    }
+
+    #[cfg(feature = "hyper")]
+    pub(crate) fn shared(&self) -> &Arc<crate::shared::Shared> {
+        &self.0.behind.shared
+    }
+}
+
+impl From<crate::UnixListener> for UnixListener {
+    fn from(listener: crate::UnixListener) -> Self {
+        Self::new(listener)
+    }
+}
+
+impl fmt::Debug for UnixListener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UnixListener").field("address", &self.0.behind.address).finish_non_exhaustive()
+    }
+}
+
+/// A UDP socket for tokio; from [`Handover::udp`](crate::Handover::udp).
+pub struct UdpSocket {
+    receiving: Registered,
+    sending: Datagrams,
+}
+
+impl UdpSocket {
+    /// Moves the socket to tokio.
+    #[must_use]
+    pub fn new(socket: crate::UdpSocket) -> Self {
+        Self { receiving: Registered::new(socket.0.behind.clone()), sending: socket.0 }
+    }
+
+    /// The next datagram. Waits while the gate is shut; `None` once this process drains.
+    ///
+    /// # Errors
+    ///
+    /// Those of `recvfrom(2)`.
+    pub async fn recv_from(&mut self, buffer: &mut [u8]) -> io::Result<Option<(usize, SocketAddr)>> {
+        // The closure may run several times and needs the buffer each time.
+        let buffer = Mutex::new(buffer);
+        let received = self.receiving.take(|fd| sys::receive_from(fd, &mut lock(&buffer))).await?;
+        received.map(|(count, peer)| Ok((count, net::ip_of(&peer)?))).transpose()
+    }
+
+    /// Sends a datagram (`sendto(2)`), also while this process drains; waits the moment that a full buffer takes.
+    ///
+    /// # Errors
+    ///
+    /// Those of `sendto(2)`.
+    pub fn send_to(&self, bytes: &[u8], to: SocketAddr) -> io::Result<usize> {
+        self.sending.send(bytes, &to.into())
+    }
+
+    /// Where it is bound.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.receiving.behind.ip()
+    }
+}
+
+impl fmt::Debug for UdpSocket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UdpSocket").field("address", &self.local_addr()).finish_non_exhaustive()
+    }
+}
+
+/// A Unix datagram socket for tokio; from [`Handover::unix_datagram`](crate::Handover::unix_datagram).
+pub struct UnixDatagram {
+    receiving: Registered,
+    sending: crate::UnixDatagram,
+}
+
+impl UnixDatagram {
+    /// Moves the socket to tokio.
+    #[must_use]
+    pub fn new(socket: crate::UnixDatagram) -> Self {
+        Self { receiving: Registered::new(socket.0.behind.clone()), sending: socket }
+    }
+
+    /// The next datagram and the path of its sender, if that has one. Waits while the gate is shut; `None` once this
+    /// process drains.
+    ///
+    /// # Errors
+    ///
+    /// Those of `recvfrom(2)`.
+    pub async fn recv_from(&mut self, buffer: &mut [u8]) -> io::Result<Option<(usize, Option<PathBuf>)>> {
+        let buffer = Mutex::new(buffer);
+        let received = self.receiving.take(|fd| sys::receive_from(fd, &mut lock(&buffer))).await?;
+        Ok(received.map(|(count, peer)| (count, peer.as_pathname().map(PathBuf::from))))
+    }
+
+    /// Sends a datagram to a path (`sendto(2)`), also while this process drains; waits while the receiver's queue is
+    /// full.
+    ///
+    /// # Errors
+    ///
+    /// Those of `sendto(2)`.
+    pub fn send_to(&self, bytes: &[u8], path: impl AsRef<std::path::Path>) -> io::Result<usize> {
+        self.sending.send_to(bytes, path)
+    }
+}
+
+impl fmt::Debug for UnixDatagram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UnixDatagram").field("address", &self.receiving.behind.address).finish_non_exhaustive()
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(self.stream_mut()).poll_read(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(self.stream_mut()).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(self.stream_mut()).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(self.stream_mut()).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(self.stream_mut()).poll_write_vectored(context, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        (**self).is_write_vectored()
+    }
+}
