@@ -41,9 +41,10 @@ for ((n = 1; n <= upgrades; n++)); do
     printf '%5d   pid %s → %s, which serves after %s ms\n' "$n" "$old" "$server" "$committed"
     printf '%s\n' "$committed" >>"$scratch/committed"
 done
-kill -TERM "$oracle"
+kill -TERM "$oracle" || true
 lossless=yes
 wait "$oracle" || lossless=no
+[[ -s $scratch/oracle.json ]] || die "the clients failed"
 
 # The report of the oracle is JSON with a key a line; two spaces more are a level deeper.
 awk -v bold="$bold" -v green="$green" -v red="$red" -v plain="$plain" '

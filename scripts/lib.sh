@@ -108,7 +108,8 @@ until_true() {
 
 # field NAME JSON: its first value
 field() {
-    [[ $2 =~ \"$1\":\ ?\"?([^\",}\]]*) ]] || die "no \`$1\` in: $2"
+    local pattern="\"$1\": ?\"?([^]\",}]*)"
+    [[ $2 =~ $pattern ]] || die "no \`$1\` in: $2"
     printf '%s' "${BASH_REMATCH[1]}"
 }
 

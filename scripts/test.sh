@@ -55,7 +55,8 @@ install_missing() {
         as=(sudo -n)
     fi
     printf 'Installing %s\n' "${packages[*]}"
-    "${as[@]}" apt-get update -qq && "${as[@]}" env DEBIAN_FRONTEND=noninteractive \
+    "${as[@]}" apt-get update -qq || true
+    "${as[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null || true
 }
 
