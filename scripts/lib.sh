@@ -101,7 +101,7 @@ until_true() {
     local tries=$(($1 * 50)) what=$2
     shift 2
     until "$@"; do
-        ((tries-- > 0)) || die "waited in vain: $what"
+        ((tries-- > 0)) || die "$what"
         sleep 0.02
     done
 }
@@ -119,6 +119,7 @@ serve() {
     local name=$1
     shift
     pid_file="$scratch/$name.pid"
+    rm -f "$pid_file"
     RUST_LOG=${RUST_LOG:-warn} job "$@" --listen 127.0.0.1:0 --pid-file "$pid_file" >"$scratch/$name.log" 2>&1 </dev/null
     until_true 30 "$name did not start" started "$job" "$pid_file"
     address=$(field address "$("$handover" status --pid-file "$pid_file" --json)")
