@@ -10,7 +10,7 @@ use std::time::Instant;
 use nix::poll::{PollFd, PollFlags};
 use sendfd::SendWithFd;
 
-use crate::protocol::{FD_BYTE, FDS_PER_MESSAGE, HEADER_BYTES, Header, Malformed, Message, Offer};
+use crate::protocol::{FD_BYTE, FDS_PER_MESSAGE, HEADER_BYTES, Header, Malformed, Message, Offer, VERSIONS, Versions};
 use crate::sys;
 
 pub(crate) struct Channel {
@@ -38,6 +38,8 @@ pub(crate) enum Received {
 #[derive(Debug)]
 pub(crate) enum Broken {
     Malformed(Malformed),
+    /// It speaks none of our versions.
+    Versions(Versions),
     Io(io::Error),
 }
 
@@ -45,6 +47,7 @@ impl std::fmt::Display for Broken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Malformed(malformed) => write!(f, "sent {malformed}"),
+            Self::Versions(versions) => write!(f, "speaks protocol versions {versions}, this build speaks {VERSIONS}"),
             Self::Io(error) => write!(f, "cannot be talked to: {error}"),
         }
     }
@@ -162,8 +165,10 @@ impl Channel {
         if !self.read_exact(&mut body, deadline)? {
             return Ok(None);
         }
-        let message = Message::decode(header, &body)?;
-        let offer = match message {
+        if let Some(versions) = header.offered_versions(&body).filter(|versions| VERSIONS.common(*versions).is_none()) {
+            return Err(Broken::Versions(versions));
+        }
+        let offer = match Message::decode(header, &body)? {
             Message::Offer(offer) => offer,
             Message::Aborted { reason } => return Err(Malformed(format!("`aborted`: {reason}")).into()),
             other => return Err(Malformed(format!("`{}` instead of an offer", other.name())).into()),
@@ -247,7 +252,7 @@ pub(crate) fn poll_fd<'a>(fd: &'a impl AsFd, flags: PollFlags) -> PollFd<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{Kind, OfferedListener, VERSIONS};
+    use crate::protocol::{Kind, OfferedListener};
     use std::time::Duration;
 
     fn soon() -> Instant {

@@ -1,7 +1,7 @@
 //! The control socket: where `upgrade`, `status` and `stop` ask.
 //!
-//! [`messages`] is what crosses it, `server` the side of the process that serves, [`Client`] the side that asks, and
-//! `find` how the asking side finds the socket that a process really listens on.
+//! [`Client`] asks one process; [`Target`] says which, and [`services`] finds all of them. What crosses the socket is
+//! specified in `docs/protocol.md`.
 
 mod client;
 mod directory;

@@ -313,7 +313,7 @@ impl Engine {
         if let Some(refusal) = self.refusal() {
             return server_finish(&mut self.server, client, &refusal);
         }
-        let channel = self.server.as_mut().and_then(|server| server.into_channel(client, &Said::Accepted(accepted)));
+        let channel = self.server.as_mut().and_then(|server| server.take_channel(client, &Said::Accepted(accepted)));
         if let Some((stream, pid)) = channel {
             self.begin(UpgradeRequest::default(), Origin::Pull, Requester::Nobody, Some((stream, pid)));
         }

@@ -275,7 +275,10 @@ mod tests {
     fn the_first_wait_is_told_once() {
         let count = Arc::new(AtomicUsize::new(0));
         let counter = count.clone();
-        let gate = Gate::new(move || drop(counter.fetch_add(1, Ordering::SeqCst))).unwrap();
+        let gate = Gate::new(move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        })
+        .unwrap();
         let socket = gate.guard(listener().0);
         assert!(!socket.was_waited_on());
         for _ in 0..3 {

@@ -77,7 +77,7 @@ impl Handover {
         if let (None, Some(target)) = (&handed, &config.take_over_from) {
             handed = Some(receive::by_pull(target)?);
         }
-        let activated = if handed.is_none() { socket_activation::from_environment() } else { vec![] };
+        let activated = socket_activation::from_environment();
         let server = match &config.control {
             ControlSocket::Default => Some(Server::bind(None)?),
             ControlSocket::In(directory) => Some(Server::bind(Some(directory))?),
@@ -382,10 +382,12 @@ fn is_draining(phase: &Phase) -> Option<()> {
     phase.draining.map(drop)
 }
 
+type IsDraining = fn(&Phase) -> Option<()>;
+
 /// Whether and when a process drains. It is a future too.
 pub struct Draining {
     phase: Arc<Watch<Phase>>,
-    future: Option<Found<Phase, fn(&Phase) -> Option<()>>>,
+    future: Option<Found<Phase, IsDraining>>,
 }
 
 impl Draining {
@@ -424,7 +426,7 @@ impl Future for Draining {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let phase = self.phase.clone();
-        let future = self.future.get_or_insert_with(|| phase.future(is_draining as fn(&Phase) -> Option<()>));
+        let future = self.future.get_or_insert_with(|| phase.future(is_draining as IsDraining));
         Pin::new(future).poll(context)
     }
 }

@@ -1,4 +1,5 @@
 //! The `handover` command: parse, do, exit.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod cli;
 

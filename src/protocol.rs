@@ -223,6 +223,16 @@ impl Header {
         Ok(Self { kind: u16::from_be_bytes([k0, k1]), body_bytes, fds })
     }
 
+    /// The versions that an offer names, whatever else another version has in it.
+    pub(crate) fn offered_versions(self, body: &[u8]) -> Option<Versions> {
+        #[derive(Deserialize)]
+        struct OnlyVersions {
+            protocol: Versions,
+        }
+        let only: OnlyVersions = (self.kind == 1).then(|| serde_json::from_slice(body).ok())??;
+        Some(only.protocol)
+    }
+
     fn encode(self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[..4].copy_from_slice(&MAGIC);

@@ -72,7 +72,6 @@ fn request(arguments: Arguments) -> Result<UpgradeRequest, Failure> {
         ready_timeout_ms: arguments.ready_timeout.map(milliseconds),
         trial_ms: arguments.trial.map(milliseconds),
         drain_timeout_ms: arguments.drain_timeout.map(milliseconds),
-        ..UpgradeRequest::default()
     })
 }
 

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::{Pid, geteuid};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::messages::{Event, Outcome, Request, ResultEvent};
 use super::{ANSWER_BYTES_MAX, REQUEST_BYTES_MAX, directory};
@@ -61,6 +62,7 @@ impl Server {
         directory::prepare(&directory)?;
         let path = directory.join(format!("{}.sock", std::process::id()));
         let failed = |error: io::Error| Error::io(format!("listen on the control socket {}", path.display()), error);
+        remove_left_overs(&directory);
         // A left-over of a process that had our pid: whoever it was, it is not alive.
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
@@ -72,6 +74,11 @@ impl Server {
         listener.set_nonblocking(true).map_err(failed)?;
         let inode = fs::symlink_metadata(&path).map_err(failed)?.ino();
         Ok(Self { listener, path, inode, clients: BTreeMap::new(), next_id: 0 })
+    }
+
+    /// Removes what process `pid` of this service has left behind, if nobody answers there.
+    pub(crate) fn remove_stale(&self, pid: Pid) {
+        remove_unless_answered(&self.path.with_file_name(format!("{pid}.sock")));
     }
 
     /// Removes the socket's path if it is still ours, so that nobody asks a process that has nothing to say any more.
@@ -253,10 +260,34 @@ impl Server {
     }
 
     /// Gives the connection up to become a channel, after `event` is said on it.
-    pub(crate) fn into_channel(&mut self, id: ClientId, event: &Event) -> Option<(UnixStream, Pid)> {
+    pub(crate) fn take_channel(&mut self, id: ClientId, event: &Event) -> Option<(UnixStream, Pid)> {
         self.send(id, event);
         let client = self.clients.remove(&id)?;
         client.outgoing.is_empty().then_some((client.stream, client.pid))
+    }
+}
+
+/// Sockets of processes that were killed. Only old ones: one that is bound this instant does not answer yet.
+fn remove_left_overs(directory: &Path) {
+    const AGE: Duration = Duration::from_secs(60);
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_socket = path.extension().is_some_and(|extension| extension == "sock");
+        let age = entry.metadata().ok().and_then(|metadata| metadata.modified().ok()?.elapsed().ok());
+        if is_socket && age.is_some_and(|age| age > AGE) {
+            remove_unless_answered(&path);
+        }
+    }
+}
+
+fn remove_unless_answered(path: &Path) {
+    let probe = || -> io::Result<()> {
+        let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        probe.set_nonblocking(true)?;
+        probe.connect(&SockAddr::unix(path)?)
+    };
+    if probe().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+        let _ = fs::remove_file(path);
     }
 }
 

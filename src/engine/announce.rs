@@ -3,6 +3,8 @@
 use std::os::fd::AsFd;
 use std::time::{Instant, SystemTime};
 
+use nix::unistd::Pid;
+
 use super::attempt::{Process, Requester, milliseconds_since};
 use super::{ALIVE_INTERVAL, DRAIN_COUNT_INTERVAL, Engine, server_finish};
 use crate::control::messages::{
@@ -181,8 +183,10 @@ impl Engine {
         for (_, mut report) in due {
             let mut result = report.result;
             result.exit = report.process.as_mut().and_then(Process::exit);
-            if let (None, Some(process)) = (&result.exit, &report.process) {
-                process.kill();
+            match (&result.exit, &report.process) {
+                (None, Some(process)) => process.kill(),
+                (Some(_), Some(process)) => self.remove_control_socket_of(process.pid),
+                (_, None) => {}
             }
             result.stderr = report.stderr.map(|tail| tail.lines()).unwrap_or_default();
             log::error!("{}", result.message);
@@ -197,14 +201,22 @@ impl Engine {
 
     /// No zombie stays, and generations that are gone are forgotten.
     pub(super) fn reap(&mut self) {
-        self.successors.retain_mut(|process| match process.exit() {
-            Some(exit) => {
-                log::debug!("a new process that we had started {exit}");
-                false
-            }
-            None => true,
-        });
-        self.older.retain_mut(|(_, process)| process.exit().is_none());
+        let mut gone = Vec::new();
+        let mut lives = |process: &mut Process| {
+            let exit = process.exit();
+            gone.extend(exit.is_some().then_some(process.pid));
+            exit.is_none()
+        };
+        self.successors.retain_mut(&mut lives);
+        self.older.retain_mut(|(_, process)| lives(process));
+        gone.into_iter().for_each(|pid| self.remove_control_socket_of(pid));
+    }
+
+    /// A process that was killed could not do it itself.
+    fn remove_control_socket_of(&self, pid: Pid) {
+        if let Some(server) = &self.server {
+            server.remove_stale(pid);
+        }
     }
 
     pub(super) fn status(&self) -> Status {

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 
 use crate::channel::Channel;
 use crate::control::messages::{ResultEvent, UpgradeRequest, Wait};
@@ -87,6 +88,7 @@ pub(super) fn milliseconds_since(begun: Instant) -> f64 {
 
 /// Another process of this service.
 pub(super) struct Process {
+    pub(super) pid: Pid,
     pidfd: OwnedFd,
     /// We spawned it, so we reap it.
     is_child: bool,
@@ -94,12 +96,12 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn child(pidfd: OwnedFd) -> Self {
-        Self { pidfd, is_child: true, exit: None }
+    pub(super) fn child(pid: Pid, pidfd: OwnedFd) -> Self {
+        Self { pid, pidfd, is_child: true, exit: None }
     }
 
-    pub(super) fn other(pidfd: OwnedFd) -> Self {
-        Self { pidfd, is_child: false, exit: None }
+    pub(super) fn other(pid: Pid, pidfd: OwnedFd) -> Self {
+        Self { pid, pidfd, is_child: false, exit: None }
     }
 
     /// How it ended, once it has; a child is reaped.

@@ -34,8 +34,9 @@ impl Upstream {
 /// Pidfds of the older generations, to know when they are gone.
 pub(super) fn watch_older(older: Vec<DrainingGeneration>) -> Vec<(DrainingGeneration, Process)> {
     let watch = |one: DrainingGeneration| {
-        let pidfd = sys::pidfd_open(Pid::from_raw(one.pid)).ok()?;
-        Some((one, Process::other(pidfd)))
+        let pid = Pid::from_raw(one.pid);
+        let pidfd = sys::pidfd_open(pid).ok()?;
+        Some((one, Process::other(pid, pidfd)))
     };
     older.into_iter().filter_map(watch).collect()
 }
@@ -140,7 +141,9 @@ impl Engine {
                 Ok(Received::Message(other)) => {
                     (Event::Aborted, format!("the old process sent `{}` out of turn", other.name()), true)
                 }
-                Err(broken @ Broken::Malformed(_)) => (Event::Aborted, format!("the old process {broken}"), true),
+                Err(broken @ (Broken::Malformed(_) | Broken::Versions(_))) => {
+                    (Event::Aborted, format!("the old process {broken}"), true)
+                }
                 Err(Broken::Io(_)) => (Event::ChannelEnded, String::new(), true),
             };
             if event == Event::ChannelEnded && self.inherit.stage() != Stage::Owner {

@@ -42,7 +42,7 @@ impl Engine {
         if let Some((stream, pid)) = pulled {
             log::info!("process {pid} asks for the handover");
             attempt.pid = Some(pid.as_raw());
-            attempt.process = sys::pidfd_of_peer(stream.as_fd(), pid).ok().map(Process::other);
+            attempt.process = sys::pidfd_of_peer(stream.as_fd(), pid).ok().map(|pidfd| Process::other(pid, pidfd));
             attempt.channel = Channel::new(stream).ok();
         }
         self.attempt = Some(attempt);
@@ -129,7 +129,7 @@ impl Engine {
         log::info!("spawned {} as process {pid}", plan.program.display());
         // A child that we have not reaped keeps its pid.
         attempt.pid = Some(pid.as_raw());
-        attempt.process = Some(Process::child(sys::pidfd_open(pid).map_err(io)?));
+        attempt.process = Some(Process::child(pid, sys::pidfd_open(pid).map_err(io)?));
         attempt.channel = Some(channel);
         if let Some(pipe) = pipe {
             let shared = shared.clone();
@@ -193,7 +193,9 @@ impl Engine {
                 Ok(Received::Nothing) => return,
                 Ok(Received::Message(message)) => self.on_message(message),
                 Ok(Received::End) => self.channel_ended("closed the channel".to_owned()),
-                Err(broken @ Broken::Malformed(_)) => self.failed(Failure::ChannelBroken, broken.to_string()),
+                Err(broken @ (Broken::Malformed(_) | Broken::Versions(_))) => {
+                    self.failed(Failure::ChannelBroken, broken.to_string())
+                }
                 Err(broken @ Broken::Io(_)) => self.channel_ended(broken.to_string()),
             };
             self.tell_old_side(event);

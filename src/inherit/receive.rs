@@ -102,22 +102,19 @@ fn receive(stream: UnixStream, old_pid: Option<i32>, tried: &str) -> Result<Opti
         Ok(Some(offered)) => offered,
         Ok(None) => return Ok(None),
         Err(broken) => {
-            let reason = match &broken {
-                Broken::Malformed(malformed) => format!("the old process sent {malformed}"),
-                Broken::Io(error) => format!("the offer could not be received: {error}"),
+            let (reason, versions) = match &broken {
+                Broken::Io(error) => (format!("the offer could not be received: {error}"), false),
+                Broken::Versions(_) => {
+                    (format!("the old process {broken}: upgrade by way of a build that speaks both"), true)
+                }
+                Broken::Malformed(_) => (format!("the old process {broken}"), false),
             };
-            refuse(&mut channel, &reason, false);
+            refuse(&mut channel, &reason, versions);
             return Err(failed(reason));
         }
     };
-    let Some(version) = VERSIONS.common(offer.protocol) else {
-        let reason = format!(
-            "the old process speaks protocol versions {}, this build speaks {}: upgrade by way of a build that speaks both",
-            offer.protocol, VERSIONS
-        );
-        refuse(&mut channel, &reason, true);
-        return Err(failed(reason));
-    };
+    // `receive_offer` has seen that there is one.
+    let version = VERSIONS.common(offer.protocol).unwrap_or(VERSIONS.max);
     match check(offer, fds, old_pid) {
         Ok(parts) => {
             let listeners = parts.inherited.iter();

@@ -135,3 +135,11 @@ fn names_fit_into_listen_fdnames() {
         assert!(!name_is_valid(bad), "{bad:?}");
     }
 }
+
+#[test]
+fn the_versions_of_an_offer_are_read_whatever_else_it_says() {
+    let body = br#"{"protocol":{"min":7,"max":9},"sockets":"elsewhere"}"#;
+    let header = Header { kind: 1, body_bytes: body.len(), fds: 3 };
+    assert_eq!(header.offered_versions(body), Some(Versions { min: 7, max: 9 }));
+    assert_eq!(Header { kind: 2, ..header }.offered_versions(body), None);
+}
