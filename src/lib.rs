@@ -86,6 +86,8 @@ pub mod hyper;
 pub mod axum;
 pub mod control;
 mod sock_diag;
+mod systemd;
+mod pid_file;
 mod watch;
 mod poll;
 mod error;

@@ -186,7 +186,7 @@ impl Engine {
             result.exit = report.process.as_mut().and_then(Process::exit);
             match (&result.exit, &report.process) {
                 (None, Some(process)) => process.kill(),
-                (Some(_), Some(process)) => self.remove_control_socket_of(process.pid),
+                (Some(_), Some(process)) => self.clean_up_after(process.pid),
                 (_, None) => {}
             }
             result.stderr = report.stderr.map(|tail| tail.lines()).unwrap_or_default();
@@ -209,14 +209,22 @@ impl Engine {
             exit.is_none()
         };
         self.successors.retain_mut(&mut lives);
+        let older = self.older.len();
         self.older.retain_mut(|(_, process)| lives(process));
-        gone.into_iter().for_each(|pid| self.remove_control_socket_of(pid));
+        let fewer = self.older.len() < older;
+        gone.into_iter().for_each(|pid| self.clean_up_after(pid));
+        if fewer {
+            self.tell_manager_of_older();
+        }
     }
 
     /// A process that was killed could not do it itself.
-    fn remove_control_socket_of(&self, pid: Pid) {
+    fn clean_up_after(&self, pid: Pid) {
         if let Some(server) = &self.server {
             server.remove_stale(pid);
+        }
+        if let Some(pid_file) = &self.pid_file {
+            pid_file.discard_of(pid.as_raw().unsigned_abs());
         }
     }
 

@@ -76,6 +76,10 @@ impl Attempt {
         }
     }
 
+    pub(super) fn pid(&self) -> Option<i32> {
+        self.pid
+    }
+
     pub(super) fn elapsed_ms(&self) -> f64 {
         milliseconds_since(self.begun)
     }

@@ -12,6 +12,7 @@ use crate::channel::{Broken, Channel, Received};
 use crate::control::messages::{LastUpgrade, Outcome};
 use crate::inherit::{Action, Event, Stage};
 use crate::listeners::Unclaimed;
+use crate::pid_file::PidFile;
 use crate::protocol::{DrainingGeneration, Message};
 use crate::shared::{Ownership, unix_ms};
 use crate::sys;
@@ -48,6 +49,9 @@ impl Engine {
             let reason = format!("it has no use for the listeners {}", claims.unclaimed.join(", "));
             return self.tell_new_side_with(Event::AppGaveUp, reason);
         }
+        if let Err(error) = self.pid_file.as_ref().map_or(Ok(()), PidFile::prepare) {
+            return self.tell_new_side_with(Event::AppGaveUp, error.to_string());
+        }
         self.tell_new_side(Event::AppReady);
     }
 
@@ -70,10 +74,16 @@ impl Engine {
                 Action::ShutGate => self.shared.gate.shut(),
                 Action::Refuse => {
                     log::error!("generation {} will not serve: {reason}", self.shared.generation);
+                    if let Some(pid_file) = &self.pid_file {
+                        pid_file.discard();
+                    }
                     self.shared.listeners().forget_inherited();
                     self.shared.phase.update(|phase| phase.ownership = Ownership::Refused(reason.clone()));
                 }
-                Action::Own => log::info!("generation {} owns the listeners", self.shared.generation),
+                Action::Own => {
+                    log::info!("generation {} owns the listeners", self.shared.generation);
+                    self.tell_manager_of_ownership();
+                }
             }
         }
     }
@@ -82,6 +92,9 @@ impl Engine {
         self.take_stderr();
         // Before anything that takes time: clients wait.
         self.shared.gate.open();
+        if let Some(pid_file) = &self.pid_file {
+            pid_file.put_in_place();
+        }
         {
             let mut listeners = self.shared.listeners();
             listeners.apply_pending();

@@ -46,6 +46,7 @@ impl Engine {
             attempt.channel = Channel::new(stream).ok();
         }
         self.attempt = Some(attempt);
+        self.tell_manager_of_upgrade();
         self.schedule_alive();
         self.tell_old_side(Event::Trigger(origin));
     }
@@ -65,7 +66,10 @@ impl Engine {
                 self.shared.gate.shut();
                 return Some(Event::GateShut);
             }
-            Action::OpenGate => self.shared.gate.open(),
+            Action::OpenGate => {
+                self.shared.gate.open();
+                self.take_back_pid_file();
+            }
             Action::Commit => {
                 if let Err(cause) = self.send(Message::Commit) {
                     return Some(self.failed(Failure::ChannelBroken, cause));
@@ -309,12 +313,22 @@ impl Engine {
 
     fn settle(&mut self) {
         self.drain.upgraded = true;
+        self.tell_manager_of_successor();
         if let Err(cause) = self.send(Message::Settled) {
             log::debug!("the new process {cause}");
         }
         let Some(attempt) = &mut self.attempt else { return };
         attempt.channel = None;
         self.successors.extend(attempt.process.take());
+    }
+
+    /// The new process may have put its own in place.
+    fn take_back_pid_file(&self) {
+        let Some(pid_file) = &self.pid_file else { return };
+        match pid_file.prepare() {
+            Ok(()) => pid_file.put_in_place(),
+            Err(error) => log::error!("{error}"),
+        }
     }
 
     /// Before commit: the new process is told, and killed if it is ours. One that pulled keeps its life; it knows that
@@ -389,6 +403,7 @@ impl Engine {
             failure: Some(what.clone()),
             ..ResultEvent::new(outcome, format!("{verdict}: {what}; {serves}"))
         };
+        self.tell_manager_of_failure(&what);
         let deadline = Instant::now() + Report::PATIENCE;
         // One that pulled is not ours to wait for; only what it leaves is of interest.
         let process = match attempt.origin {
@@ -407,6 +422,7 @@ impl Engine {
         let deadline = self.duration(Timer::Drain).map(|timeout| Instant::now() + timeout);
         let upgraded = self.drain.upgraded;
         log::info!("draining {} connections", self.shared.connections.open());
+        self.tell_manager_of_drain();
         self.shared.connections.watch_for_idle();
         self.shared.begin_drain(upgraded, deadline);
         run_drain_hooks(&self.shared);
@@ -435,7 +451,7 @@ impl Engine {
     fn finish(&mut self) {
         let (upgraded, cut) = (self.drain.upgraded, self.drain.cut.unwrap_or(0));
         log::info!("drained");
-        self.unlink_paths();
+        self.remove_paths();
         self.answer_drained(cut);
         self.remove_control_socket();
         self.shared.phase.update(|phase| phase.drained = Some(Drained { upgraded, cut }));
