@@ -18,3 +18,6 @@ mod rights;
 mod new_build;
 mod wire;
 mod trial;
+mod old_process;
+mod control;
+mod binary;
