@@ -139,7 +139,11 @@ fn the_pid_file_cannot_be_written() {
     let old = server.pid();
     let load = server.load().start();
     let arguments = ["--trial", "30s", "--", "--tcp", "http=127.0.0.1:0", "--pid-file", "/dev/full"];
-    server.upgrade(&arguments).exits_with(1).complains("rolled back").complains("exited with status 1 within the trial");
+    server
+        .upgrade(&arguments)
+        .exits_with(1)
+        .complains("rolled back")
+        .complains("exited with status 1 within the trial");
     load.wait_for_more(20, crate::wait::LONG).unwrap();
     // The new build had accepted before it noticed, and what it had accepted died with it.
     drop(load.stop());

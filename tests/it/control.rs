@@ -31,8 +31,7 @@ fn of_twenty_requests_at_once_one_wins() {
         (all.iter_mut().filter_map(|one| one.has_ended().then_some(())).count() == 19).then_some(())
     });
     held.let_go();
-    let (won, lost): (Vec<_>, Vec<_>) =
-        all.into_iter().map(Running::finish).partition(|run| run.code == Some(0));
+    let (won, lost): (Vec<_>, Vec<_>) = all.into_iter().map(Running::finish).partition(|run| run.code == Some(0));
     assert_eq!((won.len(), lost.len()), (1, 19));
     for run in lost {
         run.exits_with(3).complains("another upgrade is under way");
@@ -254,10 +253,10 @@ fn more_than_so_many_may_not_drain() {
     server.upgrade(&[]).exits_with(0);
     let refused = server.upgrade(&[]).exits_with(3);
     refused.complains(&format!("1 older generations still drain (pid {first}), and at most 1 may"));
-    drop(slow);
+    // What the message says: end one of them.
     let pid = first.to_string();
-    server.handover(&["stop", "--pid", &pid, "--drain-timeout", "1ms"]);
-    server.signal(first, nix::sys::signal::Signal::SIGTERM);
+    server.handover(&["stop", "--pid", &pid, "--drain-timeout", "10ms"]).exits_with(5);
+    drop(slow);
     server.wait_for_end(first);
     eventually("nobody drains", || server.serving().draining.is_empty().then_some(()));
     server.upgrade(&[]).exits_with(0);

@@ -21,3 +21,5 @@ mod trial;
 mod old_process;
 mod control;
 mod binary;
+mod the_command;
+mod listeners;

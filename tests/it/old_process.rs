@@ -58,7 +58,8 @@ impl Midway {
             assert_eq!(client.answerer().generation, 2);
         }
         let run = self.upgrade.finish().exits_with(0);
-        let message = format!("process {} died in the middle of the upgrade; process {} has taken over", self.old, self.new);
+        let message =
+            format!("process {} died in the middle of the upgrade; process {} has taken over", self.old, self.new);
         assert_eq!(run.last_json()["message"], message.as_str(), "{run:?}");
         self.server.assert_only(self.new);
         assert_eq!(cookie(&self.server), self.cookie);
