@@ -48,7 +48,8 @@ fn echo(handover: &Handover, connection: &Connection<TcpStream>) -> io::Result<(
         if reader.read_line(&mut line)? == 0 {
             break;
         }
-        write!(&mut &*connection, "gen={generation} pid={pid} {line}")?;
+        // In one piece: Nagle's algorithm would hold back what follows the first.
+        (&mut &*connection).write_all(format!("gen={generation} pid={pid} {line}").as_bytes())?;
     }
     Ok(())
 }

@@ -119,7 +119,8 @@ impl Shared {
         let (mut inherited, mut state) = (activated, None);
         if let Some(parts) = handed {
             generation = parts.generation;
-            inherited = std::mem::take(&mut parts.inherited);
+            // First what is handed over: it is what clients know.
+            inherited.splice(0..0, std::mem::take(&mut parts.inherited));
             state = parts.state.take();
         }
         let ownership = Ownership::Pending;

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::{Pid, geteuid};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::messages::{Event, Outcome, Request, ResultEvent};
 use super::{ANSWER_BYTES_MAX, REQUEST_BYTES_MAX, directory};
@@ -61,6 +62,7 @@ impl Server {
         directory::prepare(&directory)?;
         let path = directory.join(format!("{}.sock", std::process::id()));
         let failed = |error: io::Error| Error::io(format!("listen on the control socket {}", path.display()), error);
+        remove_left_overs(&directory);
         // A left-over of a process that had our pid: whoever it was, it is not alive.
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
@@ -74,25 +76,15 @@ impl Server {
         Ok(Self { listener, path, inode, clients: BTreeMap::new(), next_id: 0 })
     }
 
+    /// Removes what process `pid` of this service has left behind, if nobody answers there.
+    pub(crate) fn remove_stale(&self, pid: Pid) {
+        remove_unless_answered(&self.path.with_file_name(format!("{pid}.sock")));
+    }
+
     /// Removes the socket's path if it is still ours, so that nobody asks a process that has nothing to say any more.
     pub(crate) fn unlink(&self) {
         if fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode) {
             let _ = fs::remove_file(&self.path);
-        }
-    }
-
-    /// Removes the socket of a process of this service that has ended and had no time to do it itself. One that answers
-    /// is somebody else's, in another pid namespace.
-    pub(crate) fn remove_left_over(&self, pid: i32) {
-        let path = self.path.with_file_name(format!("{pid}.sock"));
-        let probe = || {
-            let probe = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
-            // A full queue would block; it is an answer.
-            probe.set_nonblocking(true)?;
-            probe.connect(&socket2::SockAddr::unix(&path)?)
-        };
-        if probe().is_err_and(|error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused) {
-            let _ = fs::remove_file(&path);
         }
     }
 
@@ -272,6 +264,30 @@ impl Server {
         self.send(id, event);
         let client = self.clients.remove(&id)?;
         client.outgoing.is_empty().then_some((client.stream, client.pid))
+    }
+}
+
+/// Sockets of processes that were killed. Only old ones: one that is bound this instant does not answer yet.
+fn remove_left_overs(directory: &Path) {
+    const AGE: Duration = Duration::from_secs(60);
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_socket = path.extension().is_some_and(|extension| extension == "sock");
+        let age = entry.metadata().ok().and_then(|metadata| metadata.modified().ok()?.elapsed().ok());
+        if is_socket && age.is_some_and(|age| age > AGE) {
+            remove_unless_answered(&path);
+        }
+    }
+}
+
+fn remove_unless_answered(path: &Path) {
+    let probe = || -> io::Result<()> {
+        let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        probe.set_nonblocking(true)?;
+        probe.connect(&SockAddr::unix(path)?)
+    };
+    if probe().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+        let _ = fs::remove_file(path);
     }
 }
 

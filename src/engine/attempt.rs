@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 
 use crate::channel::Channel;
 use crate::control::messages::{ResultEvent, UpgradeRequest, Wait};
@@ -87,8 +88,7 @@ pub(super) fn milliseconds_since(begun: Instant) -> f64 {
 
 /// Another process of this service.
 pub(super) struct Process {
-    /// As this process sees it.
-    pub(super) pid: i32,
+    pub(super) pid: Pid,
     pidfd: OwnedFd,
     /// We spawned it, so we reap it.
     is_child: bool,
@@ -96,11 +96,11 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn child(pid: i32, pidfd: OwnedFd) -> Self {
+    pub(super) fn child(pid: Pid, pidfd: OwnedFd) -> Self {
         Self { pid, pidfd, is_child: true, exit: None }
     }
 
-    pub(super) fn other(pid: i32, pidfd: OwnedFd) -> Self {
+    pub(super) fn other(pid: Pid, pidfd: OwnedFd) -> Self {
         Self { pid, pidfd, is_child: false, exit: None }
     }
 

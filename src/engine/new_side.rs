@@ -34,9 +34,9 @@ impl Upstream {
 /// Pidfds of the older generations, to know when they are gone.
 pub(super) fn watch_older(older: Vec<DrainingGeneration>) -> Vec<(DrainingGeneration, Process)> {
     let watch = |one: DrainingGeneration| {
-        let pidfd = sys::pidfd_open(Pid::from_raw(one.pid)).ok()?;
-        let process = Process::other(one.pid, pidfd);
-        Some((one, process))
+        let pid = Pid::from_raw(one.pid);
+        let pidfd = sys::pidfd_open(pid).ok()?;
+        Some((one, Process::other(pid, pidfd)))
     };
     older.into_iter().filter_map(watch).collect()
 }

@@ -42,8 +42,7 @@ impl Engine {
         if let Some((stream, pid)) = pulled {
             log::info!("process {pid} asks for the handover");
             attempt.pid = Some(pid.as_raw());
-            let pidfd = sys::pidfd_of_peer(stream.as_fd(), pid).ok();
-            attempt.process = pidfd.map(|pidfd| Process::other(pid.as_raw(), pidfd));
+            attempt.process = sys::pidfd_of_peer(stream.as_fd(), pid).ok().map(|pidfd| Process::other(pid, pidfd));
             attempt.channel = Channel::new(stream).ok();
         }
         self.attempt = Some(attempt);
@@ -130,7 +129,7 @@ impl Engine {
         log::info!("spawned {} as process {pid}", plan.program.display());
         // A child that we have not reaped keeps its pid.
         attempt.pid = Some(pid.as_raw());
-        attempt.process = Some(Process::child(pid.as_raw(), sys::pidfd_open(pid).map_err(io)?));
+        attempt.process = Some(Process::child(pid, sys::pidfd_open(pid).map_err(io)?));
         attempt.channel = Some(channel);
         if let Some(pipe) = pipe {
             let shared = shared.clone();
