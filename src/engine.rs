@@ -307,7 +307,10 @@ impl Engine {
                 server.send(client, &Said::Accepted(accepted));
                 self.stop_clients.push((client, Instant::now()));
                 if self.upgrade.stage() == upgrade::Stage::Draining {
-                    // Asking again is not what a second signal is: nothing is cut.
+                    // Asking again is not what a second signal is: nothing is cut before its time.
+                    if let Some(timeout) = drain_timeout_ms {
+                        self.change_drain_timeout(Duration::from_millis(timeout));
+                    }
                     self.announce_drain_to_stop_clients();
                 } else {
                     self.stop(drain_timeout_ms.map(Duration::from_millis));

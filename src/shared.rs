@@ -85,6 +85,12 @@ pub struct Drained {
 }
 
 impl Phase {
+    pub(crate) fn change_drain_deadline(&mut self, deadline: Option<Instant>) {
+        if let Some(draining) = &mut self.draining {
+            draining.deadline = deadline;
+        }
+    }
+
     /// What was open has been cut.
     pub(crate) fn deadline_passed(&mut self) {
         if let Some(draining) = &mut self.draining {

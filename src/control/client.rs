@@ -186,7 +186,11 @@ impl Client {
         loop {
             match self.hear()? {
                 Some(Event::Accepted(accepted)) => on_answer(&Answer::Accepted(accepted)),
-                Some(Event::Stage(stage)) => on_answer(&Answer::Stage(stage)),
+                Some(Event::Stage(mut stage)) => {
+                    // All of their fields are optional, so serde finds claims in any stage.
+                    stage.claims = stage.claims.filter(|_| stage.stage == StageName::Ready);
+                    on_answer(&Answer::Stage(stage));
+                }
                 Some(Event::Alive) => {}
                 Some(Event::Result(result)) => return Ok(Some(result)),
                 Some(Event::Status(_)) => return Err(self.failed("ask", "it gave another answer than asked for")),

@@ -428,6 +428,14 @@ impl Engine {
         run_drain_hooks(&self.shared);
     }
 
+    /// A stop that names a time means it, also when this process drains already.
+    pub(super) fn change_drain_timeout(&mut self, timeout: Duration) {
+        self.drain.timeout = Some(timeout);
+        self.perform(Action::Arm(Timer::Drain));
+        let deadline = self.timers.drain;
+        self.shared.phase.update(|phase| phase.change_drain_deadline(deadline));
+    }
+
     fn cut(&mut self) {
         if self.drain.cut.is_none() {
             let cut = self.shared.connections.cut();
@@ -441,7 +449,10 @@ impl Engine {
     /// No connection is left and every hook has returned; after a cut the hooks are not waited for.
     pub(super) fn check_idle(&mut self) {
         let draining = self.upgrade.stage() == crate::upgrade::Stage::Draining;
-        if draining && (self.drain.hooks_done || self.drain.cut.is_some()) && self.shared.connections.open() == 0 {
+        // Whoever asked for an upgrade that the stop has ended is told before the process is gone.
+        let told = self.reports.is_empty();
+        let nothing_runs = (self.drain.hooks_done || self.drain.cut.is_some()) && self.shared.connections.open() == 0;
+        if draining && told && nothing_runs {
             self.timers.cut_grace = None;
             self.tell_old_side(Event::Idle);
         }
