@@ -16,6 +16,8 @@ use crate::sys;
 pub(crate) struct Channel {
     stream: UnixStream,
     incoming: Vec<u8>,
+    /// This turn of the engine has had its share of what the other side sends.
+    has_read: bool,
     outgoing: VecDeque<Outgoing>,
 }
 
@@ -68,7 +70,7 @@ impl From<io::Error> for Broken {
 impl Channel {
     pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, incoming: Vec::new(), outgoing: VecDeque::new() })
+        Ok(Self { stream, incoming: Vec::new(), has_read: false, outgoing: VecDeque::new() })
     }
 
     /// Queues a frame and sends what the socket takes; [`flush`](Self::flush) sends the rest. That the other side has
@@ -123,15 +125,24 @@ impl Channel {
     }
 
     /// The next frame, which must be one without fds. Plain reads: fds that a peer attaches are closed by the kernel.
+    ///
+    /// `Nothing` also when one read's worth has been taken and there is more: a peer that never stops talking must not
+    /// keep the engine from everything else. `poll` says at once that there is more.
     pub(crate) fn receive(&mut self) -> Result<Received, Broken> {
         loop {
             if let Some(message) = self.take_frame()? {
                 return Ok(Received::Message(message));
             }
+            if std::mem::take(&mut self.has_read) {
+                return Ok(Received::Nothing);
+            }
             let mut buffer = [0; 8192];
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Ok(Received::End),
-                Ok(count) => self.incoming.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+                Ok(count) => {
+                    self.incoming.extend_from_slice(buffer.get(..count).unwrap_or_default());
+                    self.has_read = true;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // A peer that dies with our bytes unread resets the connection: its end all the same.
@@ -343,6 +354,8 @@ mod tests {
         a.write_all(&both[commit.len() + 3..]).unwrap();
         assert!(matches!(channel.receive(), Ok(Received::Message(Message::Settled))));
         drop(a);
+        // The share of one turn is used up.
+        assert!(matches!(channel.receive(), Ok(Received::Nothing)));
         assert!(matches!(channel.receive(), Ok(Received::End)));
     }
 }

@@ -85,6 +85,7 @@ pub mod hyper;
 #[cfg(feature = "axum")]
 pub mod axum;
 pub mod control;
+mod sock_diag;
 mod watch;
 mod poll;
 mod error;

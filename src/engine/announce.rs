@@ -15,6 +15,7 @@ use crate::inherit;
 use crate::listeners::Entry;
 use crate::protocol::Kind;
 use crate::shared::unix_ms;
+use crate::sock_diag::unix_accept_backlog;
 use crate::sys;
 use crate::upgrade::{Progress, Stage};
 
@@ -252,8 +253,7 @@ fn listener_status(entry: &Entry) -> ListenerStatus {
     let queue = entry.socket.fd().and_then(|fd| match entry.kind {
         Kind::Tcp => sys::accept_backlog(fd.as_fd()).ok(),
         Kind::Udp | Kind::UnixDatagram => sys::unread_bytes(fd.as_fd()).ok(),
-        // Only sock_diag(7) knows it.
-        Kind::Unix => None,
+        Kind::Unix => unix_accept_backlog(fd.as_fd()).ok(),
     });
     ListenerStatus {
         name: entry.name.clone(),

@@ -235,7 +235,10 @@ impl Engine {
                 attempt.offered.sort_by(by_name);
                 if listeners != attempt.offered {
                     let (got, offered) = (listeners.len(), attempt.offered.len());
-                    let cause = format!("adopted {got} listeners, not the {offered} that were offered");
+                    let cause = match got == offered {
+                        true => "adopted other sockets than those that were offered".to_owned(),
+                        false => format!("adopted {got} listeners, not the {offered} that were offered"),
+                    };
                     return self.failed(Failure::ChannelBroken, cause);
                 }
                 if !(VERSIONS.min..=VERSIONS.max).contains(&protocol) {
@@ -387,8 +390,14 @@ impl Engine {
             ..ResultEvent::new(outcome, format!("{verdict}: {what}; {serves}"))
         };
         let deadline = Instant::now() + Report::PATIENCE;
-        // One that pulled is not ours to wait for.
-        let process = attempt.process.filter(|_| attempt.origin == Origin::Push);
+        // One that pulled is not ours to wait for; only what it leaves is of interest.
+        let process = match attempt.origin {
+            Origin::Push => attempt.process,
+            Origin::Pull => {
+                self.successors.extend(attempt.process);
+                None
+            }
+        };
         let (requester, stderr) = (attempt.requester, attempt.stderr);
         self.reports.push(Report { result, requester, process, stderr, deadline });
     }

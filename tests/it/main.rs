@@ -1,1 +1,20 @@
-fn main() {}
+//! Real processes, upgraded: each way in which it can go wrong, and that nothing is lost or left over.
+//!
+//! The server is `tests/fixture`, the client that counts is `tests/oracle`. Every test has a directory of its own, in
+//! which the control sockets of its processes are too; whatever process has that directory in its environment belongs
+//! to the test, and is killed by its pid when the test ends.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../oracle/mod.rs"]
+mod oracle;
+
+mod wait;
+mod home;
+mod command;
+mod client;
+mod server;
+mod rights;
+
+mod new_build;
+mod wire;
+mod trial;
