@@ -25,6 +25,11 @@ use crate::upgrade::{Action, Event, Failure, Origin, Progress, Timer};
 /// How long the answer to commit may take, where the trial is over sooner.
 const ACCEPTING_PATIENCE: Duration = Duration::from_millis(500);
 
+/// How long after commit a new application may leave clients waiting that it has never waited for, however short the
+/// trial; and how often that is looked at beyond the trial.
+const NOT_ACCEPTING_AFTER: Duration = Duration::from_secs(1);
+const NOT_ACCEPTING_INTERVAL: Duration = Duration::from_millis(10);
+
 impl Engine {
     /// A trigger has come.
     pub(super) fn begin(
@@ -71,6 +76,9 @@ impl Engine {
                 self.take_back_pid_file();
             }
             Action::Commit => {
+                if let Some(attempt) = &mut self.attempt {
+                    attempt.committed = Some(Instant::now());
+                }
                 if let Err(cause) = self.send(Message::Commit) {
                     return Some(self.failed(Failure::ChannelBroken, cause));
                 }
@@ -276,7 +284,13 @@ impl Engine {
     /// At the end of the trial the new process must have said that it accepts, and no connection may wait where its
     /// application has never waited for any.
     pub(super) fn end_trial(&mut self) {
-        match self.why_it_does_not_serve() {
+        let cause = self.why_it_does_not_serve();
+        let committed = self.attempt.as_ref().and_then(|attempt| attempt.committed);
+        match cause {
+            // On a busy machine clients wait that long for a good build too.
+            Some(_) if committed.is_some_and(|committed| committed.elapsed() < NOT_ACCEPTING_AFTER) => {
+                self.timers.trial = Some(Instant::now() + NOT_ACCEPTING_INTERVAL);
+            }
             Some(cause) => {
                 let event = self.failed(Failure::NotAccepting, cause);
                 self.tell_old_side(event);
