@@ -28,8 +28,12 @@ struct Arguments {
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     env_logger::init();
     let arguments = Arguments::parse();
+    let mut config = Config::default().version(env!("CARGO_PKG_VERSION"));
+    if let Some(file) = arguments.pid_file {
+        config = config.pid_file(file);
+    }
 
-    let handover = Handover::start(Config::default().version(env!("CARGO_PKG_VERSION")))?;
+    let handover = Handover::start(config)?;
     let http = handover.tcp("http", &arguments.listen)?; // handed over by name, or bound
     let app = Router::new()
         .route("/", any(identity))
@@ -39,9 +43,6 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         .with_state(handover.clone());
     let server = tokio::spawn(handover::axum::serve(http, app));
     handover.ready_async().await?; // returns when this process owns the listeners
-    if let Some(file) = arguments.pid_file {
-        std::fs::write(file, format!("{}\n", std::process::id()))?;
-    }
     let drained = server.await?; // upgraded or told to stop, and every connection has ended
     log::info!("{drained:?}");
     Ok(())

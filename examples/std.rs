@@ -19,8 +19,12 @@ struct Arguments {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     env_logger::init();
     let arguments = Arguments::parse();
+    let mut config = Config::default();
+    if let Some(file) = arguments.pid_file {
+        config = config.pid_file(file);
+    }
 
-    let handover = Handover::start(Config::default())?; // inherits, or starts generation 1
+    let handover = Handover::start(config)?; // inherits, or starts generation 1
     let listener = handover.tcp("echo", &arguments.listen)?; // handed over by name, or bound
     let echoes = handover.clone();
     std::thread::spawn(move || {
@@ -30,9 +34,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     });
     handover.ready()?; // returns when this process owns the listeners
-    if let Some(file) = arguments.pid_file {
-        std::fs::write(file, format!("{}\n", std::process::id()))?;
-    }
     let drained = handover.wait(); // upgraded or told to stop, and every connection has ended
     log::info!("{drained:?}");
     Ok(())
@@ -48,7 +49,8 @@ fn echo(handover: &Handover, connection: &Connection<TcpStream>) -> io::Result<(
         if reader.read_line(&mut line)? == 0 {
             break;
         }
-        write!(&mut &*connection, "gen={generation} pid={pid} {line}")?;
+        // In one piece: Nagle's algorithm would hold back what follows the first.
+        (&mut &*connection).write_all(format!("gen={generation} pid={pid} {line}").as_bytes())?;
     }
     Ok(())
 }

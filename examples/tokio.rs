@@ -21,13 +21,14 @@ struct Arguments {
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     env_logger::init();
     let arguments = Arguments::parse();
+    let mut config = Config::default();
+    if let Some(file) = arguments.pid_file {
+        config = config.pid_file(file);
+    }
 
-    let handover = Handover::start(Config::default())?; // inherits, or starts generation 1
+    let handover = Handover::start(config)?; // inherits, or starts generation 1
     let mut listener = handover::tokio::TcpListener::new(handover.tcp("echo", &arguments.listen)?);
     handover.ready_async().await?; // returns when this process owns the listeners
-    if let Some(file) = arguments.pid_file {
-        std::fs::write(file, format!("{}\n", std::process::id()))?;
-    }
     while let Some((connection, _)) = listener.accept().await? {
         tokio::spawn(echo(handover.clone(), connection));
     }

@@ -354,6 +354,8 @@ mod tests {
         a.write_all(&both[commit.len() + 3..]).unwrap();
         assert!(matches!(channel.receive(), Ok(Received::Message(Message::Settled))));
         drop(a);
+        // The share of one turn is used up.
+        assert!(matches!(channel.receive(), Ok(Received::Nothing)));
         assert!(matches!(channel.receive(), Ok(Received::End)));
     }
 }

@@ -37,6 +37,9 @@ pub struct Config {
     pub(crate) control: ControlSocket,
     pub(crate) take_over_from: Option<Target>,
     pub(crate) signals: Signals,
+    pub(crate) pid_file: Option<PathBuf>,
+    pub(crate) fd_store: Option<bool>,
+    pub(crate) watchdog: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +67,9 @@ impl Default for Config {
             control: ControlSocket::Default,
             take_over_from: None,
             signals: Signals::default(),
+            pid_file: None,
+            fd_store: None,
+            watchdog: false,
         }
     }
 }
@@ -172,6 +178,28 @@ impl Config {
     /// shares the control directory. Without effect in a process that was spawned for an upgrade.
     pub fn take_over_from(mut self, target: Target) -> Self {
         self.take_over_from = Some(target);
+        self
+    }
+
+    /// A file that names the serving process, from when it accepts until the service stops. It is replaced by renaming,
+    /// so whoever reads it finds one pid or the other.
+    pub fn pid_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.pid_file = Some(path.into());
+        self
+    }
+
+    /// Whether the listeners are put into systemd's fd store (`FileDescriptorStoreMax=` in the unit), so that a restart
+    /// after a crash finds them with their queues. By default they are if systemd says that there is a store, which it
+    /// does since version 254 (`$FDSTORE`).
+    pub fn fd_store(mut self, store: bool) -> Self {
+        self.fd_store = Some(store);
+        self
+    }
+
+    /// Whether the library answers systemd's watchdog (`WatchdogSec=`) for the application, from its own thread: no by
+    /// default, because that shows that the process lives and not that it serves.
+    pub fn watchdog(mut self, answer: bool) -> Self {
+        self.watchdog = answer;
         self
     }
 

@@ -3,6 +3,7 @@
 
 mod announce;
 mod attempt;
+mod manager;
 mod new_side;
 mod old_side;
 mod signals;
@@ -20,9 +21,11 @@ use crate::control::messages::{AcceptedEvent, Event as Said, LastUpgrade, Outcom
 use crate::control::server::{Asked, ClientId, Server};
 use crate::inherit::receive::Handed;
 use crate::inherit::{self, Inherit};
+use crate::pid_file::PidFile;
 use crate::poll;
 use crate::protocol::DrainingGeneration;
 use crate::shared::Shared;
+use crate::systemd::Notifier;
 use crate::upgrade::{self, Origin, Refusal, Timer, Upgrade};
 
 use attempt::{Attempt, Process, Report, Requester};
@@ -65,6 +68,8 @@ pub(crate) struct Engine {
     last_upgrade: Option<LastUpgrade>,
     timers: Timers,
     drain: Drain,
+    notifier: Option<Notifier>,
+    pid_file: Option<PidFile>,
     quit: bool,
 }
 
@@ -77,6 +82,7 @@ struct Timers {
     drain_count: Option<Instant>,
     accepting: Option<Instant>,
     cut_grace: Option<Instant>,
+    watchdog: Option<Instant>,
 }
 
 impl Timers {
@@ -89,8 +95,9 @@ impl Timers {
     }
 
     fn next(&self) -> Option<Instant> {
-        let all = [self.ready, self.trial, self.drain, self.alive, self.drain_count, self.accepting, self.cut_grace];
-        all.into_iter().flatten().min()
+        let of_upgrade = [self.ready, self.trial, self.drain, self.accepting];
+        let others = [self.alive, self.drain_count, self.cut_grace, self.watchdog];
+        of_upgrade.into_iter().chain(others).flatten().min()
     }
 }
 
@@ -151,6 +158,8 @@ impl Engine {
             last_upgrade: None,
             timers: Timers::default(),
             drain: Drain::default(),
+            notifier: Notifier::from_environment(),
+            pid_file: shared.config.pid_file.as_deref().map(PidFile::new),
             quit: false,
             shared,
         }
@@ -203,7 +212,7 @@ impl Engine {
         let reported = self.reports.iter().filter_map(|report| report.process.as_ref());
         all.extend(others.chain(reported).map(|process| (Source::Other, poll_fd(process, PollFlags::POLLIN))));
         if let Some(server) = &self.server {
-            all.push((Source::Listener, server.listener_poll()));
+            all.extend(server.listener_poll().map(|fd| (Source::Listener, fd)));
             all.extend(server.client_polls().map(|(id, fd)| (Source::Client(id), fd)));
         }
         all.into_iter().unzip()
@@ -298,7 +307,10 @@ impl Engine {
                 server.send(client, &Said::Accepted(accepted));
                 self.stop_clients.push((client, Instant::now()));
                 if self.upgrade.stage() == upgrade::Stage::Draining {
-                    // Asking again is not what a second signal is: nothing is cut.
+                    // Asking again is not what a second signal is: nothing is cut before its time.
+                    if let Some(timeout) = drain_timeout_ms {
+                        self.change_drain_timeout(Duration::from_millis(timeout));
+                    }
                     self.announce_drain_to_stop_clients();
                 } else {
                     self.stop(drain_timeout_ms.map(Duration::from_millis));
@@ -381,6 +393,9 @@ impl Engine {
         if passed(&mut self.timers.drain_count, now) {
             self.announce_drain_count();
         }
+        if passed(&mut self.timers.watchdog, now) {
+            self.ping_watchdog();
+        }
         if passed(&mut self.timers.alive, now) {
             self.say_alive();
         }
@@ -406,7 +421,7 @@ impl Engine {
         }
         self.shared.gate.close();
         if self.upgrade.stage() != upgrade::Stage::Drained {
-            self.unlink_paths();
+            self.remove_paths();
             self.remove_control_socket();
         }
     }
@@ -417,10 +432,13 @@ impl Engine {
         }
     }
 
-    /// The paths of Unix listeners go with the last generation.
-    fn unlink_paths(&self) {
+    /// The paths of Unix listeners and the pid file go with the last generation.
+    fn remove_paths(&self) {
         if !self.drain.upgraded {
             self.shared.listeners().unlink_paths(self.inherit.owns());
+            if let Some(pid_file) = &self.pid_file {
+                pid_file.remove();
+            }
         }
     }
 }

@@ -77,7 +77,7 @@ impl Handover {
         if let (None, Some(target)) = (&handed, &config.take_over_from) {
             handed = Some(receive::by_pull(target)?);
         }
-        let activated = if handed.is_none() { socket_activation::from_environment() } else { vec![] };
+        let activated = socket_activation::from_environment();
         let server = match &config.control {
             ControlSocket::Default => Some(Server::bind(None)?),
             ControlSocket::In(directory) => Some(Server::bind(Some(directory))?),

@@ -85,6 +85,9 @@ pub mod hyper;
 #[cfg(feature = "axum")]
 pub mod axum;
 pub mod control;
+mod sock_diag;
+mod systemd;
+mod pid_file;
 mod watch;
 mod poll;
 mod error;

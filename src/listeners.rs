@@ -216,6 +216,8 @@ pub(crate) struct Listeners {
     /// By name; a service manager may give one name to several sockets.
     inherited: BTreeMap<String, Vec<Inherited>>,
     entries: BTreeMap<String, Entry>,
+    /// Unclaimed and closed.
+    closed_names: Vec<String>,
 }
 
 impl Listeners {
@@ -224,7 +226,7 @@ impl Listeners {
         for one in inherited {
             by_name.entry(one.name.clone()).or_default().push(one);
         }
-        Self { inherited: by_name, entries: BTreeMap::new() }
+        Self { inherited: by_name, entries: BTreeMap::new(), closed_names: vec![] }
     }
 
     /// In the order of their names.
@@ -348,8 +350,16 @@ impl Listeners {
                 if let (Address::Path(path), Some(identity)) = (&inherited.address, inherited.path) {
                     bind::unlink_if_ours(path, identity);
                 }
+                if !taken {
+                    self.closed_names.push(inherited.name);
+                }
             }
         }
+    }
+
+    /// Listeners that an earlier generation had and that nobody has any more.
+    pub(crate) fn closed_names(&self) -> &[String] {
+        &self.closed_names
     }
 
     /// Lets go of what is left when an upgrade is refused to this process.

@@ -85,6 +85,12 @@ pub struct Drained {
 }
 
 impl Phase {
+    pub(crate) fn change_drain_deadline(&mut self, deadline: Option<Instant>) {
+        if let Some(draining) = &mut self.draining {
+            draining.deadline = deadline;
+        }
+    }
+
     /// What was open has been cut.
     pub(crate) fn deadline_passed(&mut self) {
         if let Some(draining) = &mut self.draining {
@@ -113,7 +119,8 @@ impl Shared {
         let (mut inherited, mut state) = (activated, None);
         if let Some(parts) = handed {
             generation = parts.generation;
-            inherited = std::mem::take(&mut parts.inherited);
+            // First what is handed over: it is what clients know.
+            inherited.splice(0..0, std::mem::take(&mut parts.inherited));
             state = parts.state.take();
         }
         let ownership = Ownership::Pending;

@@ -1,11 +1,15 @@
 //! `handover ps`
 
+use std::time::Duration;
+
 use clap::Args;
 use handover::control::{Client, Status, Target, services};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::output::{Output, table};
+
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// List the processes of this machine that can be upgraded
 #[derive(Args, Debug)]
@@ -21,8 +25,9 @@ pub(crate) struct Arguments {
 
 pub(super) fn run(_: &Arguments, output: &mut Output) -> Result<Exit, Failure> {
     let asked = services().into_iter().map(|service| {
-        let status = Client::connect(&Target::Pid(service.pid)).and_then(Client::status);
-        (service.pid, status)
+        // One that is stopped must not hide the others.
+        let client = Client::connect(&Target::Pid(service.pid)).and_then(|client| client.patience(PATIENCE));
+        (service.pid, client.and_then(Client::status))
     });
     if output.is_json() {
         for (pid, status) in asked {

@@ -42,6 +42,7 @@ pub struct Client {
     pid: Pid,
     /// Of the process that answers: its end is seen even if its pid is reused.
     process: Option<OwnedFd>,
+    patience: Duration,
 }
 
 /// What a process says while an upgrade or a stop is under way.
@@ -87,7 +88,19 @@ impl Client {
             return Err(error.mend("the pid was reused, or somebody took its place; nothing was asked"));
         }
         let process = sys::pidfd_of_peer(stream.as_fd(), pid).ok();
-        Ok(Self { stream: BufReader::new(stream), target: target.clone(), pid, process })
+        Ok(Self { stream: BufReader::new(stream), target: target.clone(), pid, process, patience: SILENCE_MAX })
+    }
+
+    /// How long the process may be silent before it is taken to be stopped: 10 s by default.
+    ///
+    /// # Errors
+    ///
+    /// That of `setsockopt(2)`; a time of zero is not allowed.
+    pub fn patience(mut self, longest: Duration) -> Result<Self, Error> {
+        let set = self.stream.get_ref().set_read_timeout(Some(longest));
+        set.map_err(|error| Error::io(format!("ask {}", self.target), error).with_kind(ErrorKind::Invalid))?;
+        self.patience = longest;
+        Ok(self)
     }
 
     /// The process that answers, as this process sees it.
@@ -173,7 +186,11 @@ impl Client {
         loop {
             match self.hear()? {
                 Some(Event::Accepted(accepted)) => on_answer(&Answer::Accepted(accepted)),
-                Some(Event::Stage(stage)) => on_answer(&Answer::Stage(stage)),
+                Some(Event::Stage(mut stage)) => {
+                    // All of their fields are optional, so serde finds claims in any stage.
+                    stage.claims = stage.claims.filter(|_| stage.stage == StageName::Ready);
+                    on_answer(&Answer::Stage(stage));
+                }
                 Some(Event::Alive) => {}
                 Some(Event::Result(result)) => return Ok(Some(result)),
                 Some(Event::Status(_)) => return Err(self.failed("ask", "it gave another answer than asked for")),
@@ -279,7 +296,7 @@ impl Client {
     fn silent(&self) -> Error {
         let state = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
         let stopped = state.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']));
-        let cause = format!("it has said nothing for {} s", SILENCE_MAX.as_secs());
+        let cause = format!("it has said nothing for {} s", self.patience.as_secs());
         match stopped {
             true => self.failed("ask", &format!("{cause}: it is stopped")).mend("`kill -CONT` lets it go on"),
             false => self.failed("ask", &cause).mend("what happened to the upgrade is unknown: ask `handover status`"),

@@ -73,8 +73,8 @@ fn find(pid: i32) -> io::Result<Option<Service>> {
     let own_pid = innermost_pid(&fs::read_to_string(proc.join("status"))?).unwrap_or(pid);
     let suffix = format!("/{own_pid}.sock");
     let table = fs::read(proc.join("net/unix")).or_else(|error| match error.raw_os_error() {
-        // A zombie has no network namespace any more.
-        Some(libc::EINVAL) => Ok(vec![]),
+        // A zombie has no network namespace any more; which error that gives depends on the moment.
+        Some(libc::EINVAL | libc::ENOENT) if is_zombie(pid) => Ok(vec![]),
         _ => Err(error),
     })?;
     let candidates: Vec<(u64, &[u8])> =

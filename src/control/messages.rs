@@ -327,7 +327,7 @@ pub struct ListenerStatus {
     pub cookie: u64,
     /// How it came to this process: `handed-over`, `activated` or `bound`.
     pub source: String,
-    /// Connections that wait to be accepted (TCP), or bytes of the next datagram; absent where the kernel does not say.
+    /// Connections that wait to be accepted, or bytes of the next datagram; absent where the kernel does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue: Option<u32>,
     /// Whether the application has ever waited for connections here.

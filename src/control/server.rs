@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -16,10 +16,12 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::{Pid, geteuid};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::messages::{Event, Outcome, Request, ResultEvent};
 use super::{ANSWER_BYTES_MAX, REQUEST_BYTES_MAX, directory};
 use crate::error::Error;
+use crate::net::EXHAUSTED_PAUSE;
 
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a client may leave its answers unread.
@@ -34,6 +36,10 @@ pub(crate) struct Server {
     inode: u64,
     clients: BTreeMap<ClientId, Client>,
     next_id: ClientId,
+    /// Given up to let somebody in who asks a process that has no fd left.
+    reserve: Option<OwnedFd>,
+    /// There is none: until then nobody is let in, so as not to spin.
+    paused_until: Option<Instant>,
 }
 
 struct Client {
@@ -61,6 +67,7 @@ impl Server {
         directory::prepare(&directory)?;
         let path = directory.join(format!("{}.sock", std::process::id()));
         let failed = |error: io::Error| Error::io(format!("listen on the control socket {}", path.display()), error);
+        remove_left_overs(&directory);
         // A left-over of a process that had our pid: whoever it was, it is not alive.
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
@@ -71,7 +78,15 @@ impl Server {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let inode = fs::symlink_metadata(&path).map_err(failed)?.ino();
-        Ok(Self { listener, path, inode, clients: BTreeMap::new(), next_id: 0 })
+        let mut server =
+            Self { listener, path, inode, clients: BTreeMap::new(), next_id: 0, reserve: None, paused_until: None };
+        server.keep_reserve();
+        Ok(server)
+    }
+
+    /// Removes what process `pid` of this service has left behind, if nobody answers there.
+    pub(crate) fn remove_stale(&self, pid: Pid) {
+        remove_unless_answered(&self.path.with_file_name(format!("{pid}.sock")));
     }
 
     /// Removes the socket's path if it is still ours, so that nobody asks a process that has nothing to say any more.
@@ -81,23 +96,14 @@ impl Server {
         }
     }
 
-    /// Removes the socket of a process of this service that has ended and had no time to do it itself. One that answers
-    /// is somebody else's, in another pid namespace.
-    pub(crate) fn remove_left_over(&self, pid: i32) {
-        let path = self.path.with_file_name(format!("{pid}.sock"));
-        let probe = || {
-            let probe = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
-            // A full queue would block; it is an answer.
-            probe.set_nonblocking(true)?;
-            probe.connect(&socket2::SockAddr::unix(&path)?)
-        };
-        if probe().is_err_and(|error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused) {
-            let _ = fs::remove_file(&path);
-        }
+    pub(crate) fn listener_poll(&self) -> Option<PollFd<'_>> {
+        self.paused_until.is_none().then(|| PollFd::new(self.listener.as_fd(), PollFlags::POLLIN))
     }
 
-    pub(crate) fn listener_poll(&self) -> PollFd<'_> {
-        PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)
+    fn keep_reserve(&mut self) {
+        if self.reserve.is_none() {
+            self.reserve = self.listener.as_fd().try_clone_to_owned().ok();
+        }
     }
 
     pub(crate) fn client_polls(&self) -> impl Iterator<Item = (ClientId, PollFd<'_>)> {
@@ -109,11 +115,13 @@ impl Server {
     }
 
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.clients.values().filter_map(|client| client.deadline).min()
+        self.clients.values().filter_map(|client| client.deadline).chain(self.paused_until).min()
     }
 
     pub(crate) fn drop_late(&mut self, now: Instant) {
         self.clients.retain(|_, client| client.deadline.is_none_or(|deadline| deadline > now));
+        self.paused_until = self.paused_until.filter(|until| *until > now);
+        self.keep_reserve();
     }
 
     /// Takes in who has connected. A stranger is answered and dropped before a byte of his is read.
@@ -123,8 +131,10 @@ impl Server {
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if is_out_of_fds(&error) && self.reserve.take().is_some() => continue,
                 Err(error) => {
                     log::warn!("control socket: {error}");
+                    self.paused_until = Some(Instant::now() + EXHAUSTED_PAUSE);
                     return;
                 }
             };
@@ -273,6 +283,34 @@ impl Server {
         let client = self.clients.remove(&id)?;
         client.outgoing.is_empty().then_some((client.stream, client.pid))
     }
+}
+
+/// Sockets of processes that were killed. Only old ones: one that is bound this instant does not answer yet.
+fn remove_left_overs(directory: &Path) {
+    const AGE: Duration = Duration::from_secs(60);
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_socket = path.extension().is_some_and(|extension| extension == "sock");
+        let age = entry.metadata().ok().and_then(|metadata| metadata.modified().ok()?.elapsed().ok());
+        if is_socket && age.is_some_and(|age| age > AGE) {
+            remove_unless_answered(&path);
+        }
+    }
+}
+
+fn remove_unless_answered(path: &Path) {
+    let probe = || -> io::Result<()> {
+        let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        probe.set_nonblocking(true)?;
+        probe.connect(&SockAddr::unix(path)?)
+    };
+    if probe().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+        let _ = fs::remove_file(path);
+    }
+}
+
+fn is_out_of_fds(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 impl AsFd for Server {

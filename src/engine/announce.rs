@@ -3,6 +3,8 @@
 use std::os::fd::AsFd;
 use std::time::{Instant, SystemTime};
 
+use nix::unistd::Pid;
+
 use super::attempt::{Process, Requester, milliseconds_since};
 use super::{ALIVE_INTERVAL, DRAIN_COUNT_INTERVAL, Engine, server_finish};
 use crate::control::messages::{
@@ -13,6 +15,7 @@ use crate::inherit;
 use crate::listeners::Entry;
 use crate::protocol::Kind;
 use crate::shared::unix_ms;
+use crate::sock_diag::unix_accept_backlog;
 use crate::sys;
 use crate::upgrade::{Progress, Stage};
 
@@ -181,10 +184,10 @@ impl Engine {
         for (_, mut report) in due {
             let mut result = report.result;
             result.exit = report.process.as_mut().and_then(Process::exit);
-            match (&report.process, &result.exit, &self.server) {
-                (Some(process), Some(_), Some(server)) => server.remove_left_over(process.pid),
-                (Some(process), None, _) => process.kill(),
-                _ => {}
+            match (&result.exit, &report.process) {
+                (None, Some(process)) => process.kill(),
+                (Some(_), Some(process)) => self.clean_up_after(process.pid),
+                (_, None) => {}
             }
             result.stderr = report.stderr.map(|tail| tail.lines()).unwrap_or_default();
             log::error!("{}", result.message);
@@ -197,21 +200,31 @@ impl Engine {
         }
     }
 
-    /// No zombie stays, generations that are gone are forgotten, and so is what one that was killed has left behind.
+    /// No zombie stays, and generations that are gone are forgotten.
     pub(super) fn reap(&mut self) {
-        let mut ended = Vec::new();
-        let mut lives = |process: &mut Process| match process.exit() {
-            Some(exit) => {
-                log::debug!("process {} of this service {exit}", process.pid);
-                ended.push(process.pid);
-                false
-            }
-            None => true,
+        let mut gone = Vec::new();
+        let mut lives = |process: &mut Process| {
+            let exit = process.exit();
+            gone.extend(exit.is_some().then_some(process.pid));
+            exit.is_none()
         };
         self.successors.retain_mut(&mut lives);
+        let older = self.older.len();
         self.older.retain_mut(|(_, process)| lives(process));
+        let fewer = self.older.len() < older;
+        gone.into_iter().for_each(|pid| self.clean_up_after(pid));
+        if fewer {
+            self.tell_manager_of_older();
+        }
+    }
+
+    /// A process that was killed could not do it itself.
+    fn clean_up_after(&self, pid: Pid) {
         if let Some(server) = &self.server {
-            ended.into_iter().for_each(|pid| server.remove_left_over(pid));
+            server.remove_stale(pid);
+        }
+        if let Some(pid_file) = &self.pid_file {
+            pid_file.discard_of(pid.as_raw().unsigned_abs());
         }
     }
 
@@ -248,8 +261,7 @@ fn listener_status(entry: &Entry) -> ListenerStatus {
     let queue = entry.socket.fd().and_then(|fd| match entry.kind {
         Kind::Tcp => sys::accept_backlog(fd.as_fd()).ok(),
         Kind::Udp | Kind::UnixDatagram => sys::unread_bytes(fd.as_fd()).ok(),
-        // Only sock_diag(7) knows it.
-        Kind::Unix => None,
+        Kind::Unix => unix_accept_backlog(fd.as_fd()).ok(),
     });
     ListenerStatus {
         name: entry.name.clone(),

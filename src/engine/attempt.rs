@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 
 use crate::channel::Channel;
 use crate::control::messages::{ResultEvent, UpgradeRequest, Wait};
@@ -53,6 +54,7 @@ pub(super) struct Attempt {
     pub(super) starting: Option<String>,
     /// Listeners on which the new application waits, once it has answered the commit.
     pub(super) accepting: Option<Vec<String>>,
+    pub(super) committed: Option<Instant>,
     /// What went wrong; completes "the new build …".
     pub(super) cause: Option<String>,
 }
@@ -72,8 +74,13 @@ impl Attempt {
             claims: Claims::default(),
             starting: None,
             accepting: None,
+            committed: None,
             cause: None,
         }
+    }
+
+    pub(super) fn pid(&self) -> Option<i32> {
+        self.pid
     }
 
     pub(super) fn elapsed_ms(&self) -> f64 {
@@ -88,8 +95,7 @@ pub(super) fn milliseconds_since(begun: Instant) -> f64 {
 
 /// Another process of this service.
 pub(super) struct Process {
-    /// As this process sees it.
-    pub(super) pid: i32,
+    pub(super) pid: Pid,
     pidfd: OwnedFd,
     /// We spawned it, so we reap it.
     is_child: bool,
@@ -97,11 +103,11 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn child(pid: i32, pidfd: OwnedFd) -> Self {
+    pub(super) fn child(pid: Pid, pidfd: OwnedFd) -> Self {
         Self { pid, pidfd, is_child: true, exit: None }
     }
 
-    pub(super) fn other(pid: i32, pidfd: OwnedFd) -> Self {
+    pub(super) fn other(pid: Pid, pidfd: OwnedFd) -> Self {
         Self { pid, pidfd, is_child: false, exit: None }
     }
 

@@ -12,6 +12,7 @@ use crate::channel::{Broken, Channel, Received};
 use crate::control::messages::{LastUpgrade, Outcome};
 use crate::inherit::{Action, Event, Stage};
 use crate::listeners::Unclaimed;
+use crate::pid_file::PidFile;
 use crate::protocol::{DrainingGeneration, Message};
 use crate::shared::{Ownership, unix_ms};
 use crate::sys;
@@ -34,9 +35,9 @@ impl Upstream {
 /// Pidfds of the older generations, to know when they are gone.
 pub(super) fn watch_older(older: Vec<DrainingGeneration>) -> Vec<(DrainingGeneration, Process)> {
     let watch = |one: DrainingGeneration| {
-        let pidfd = sys::pidfd_open(Pid::from_raw(one.pid)).ok()?;
-        let process = Process::other(one.pid, pidfd);
-        Some((one, process))
+        let pid = Pid::from_raw(one.pid);
+        let pidfd = sys::pidfd_open(pid).ok()?;
+        Some((one, Process::other(pid, pidfd)))
     };
     older.into_iter().filter_map(watch).collect()
 }
@@ -47,6 +48,9 @@ impl Engine {
         if self.shared.config.unclaimed == Unclaimed::Fail && !claims.unclaimed.is_empty() {
             let reason = format!("it has no use for the listeners {}", claims.unclaimed.join(", "));
             return self.tell_new_side_with(Event::AppGaveUp, reason);
+        }
+        if let Err(error) = self.pid_file.as_ref().map_or(Ok(()), PidFile::prepare) {
+            return self.tell_new_side_with(Event::AppGaveUp, error.to_string());
         }
         self.tell_new_side(Event::AppReady);
     }
@@ -69,19 +73,25 @@ impl Engine {
                 Action::OpenGate => self.open_as_new(),
                 Action::ShutGate => self.shared.gate.shut(),
                 Action::Refuse => self.refuse(&reason),
-                Action::Own => log::info!("generation {} owns the listeners", self.shared.generation),
+                Action::Own => {
+                    log::info!("generation {} owns the listeners", self.shared.generation);
+                    self.tell_manager_of_ownership();
+                }
             }
         }
     }
 
     fn refuse(&mut self, reason: &str) {
         log::error!("generation {} will not serve: {reason}", self.shared.generation);
+        if let Some(pid_file) = &self.pid_file {
+            pid_file.discard();
+        }
         self.shared.listeners().forget_inherited();
         let serves = self.shared.phase.read(|phase| phase.ownership == Ownership::Owner);
         if !serves {
             // Before the application hears of it and exits. Its threads may hold handles, so that the last one is
             // never dropped.
-            self.unlink_paths();
+            self.shared.listeners().unlink_paths(false);
             self.remove_control_socket();
         }
         self.shared.phase.update(|phase| phase.ownership = Ownership::Refused(reason.to_owned()));
@@ -95,6 +105,9 @@ impl Engine {
         self.take_stderr();
         // Before anything that takes time: clients wait.
         self.shared.gate.open();
+        if let Some(pid_file) = &self.pid_file {
+            pid_file.put_in_place();
+        }
         {
             let mut listeners = self.shared.listeners();
             listeners.apply_pending();

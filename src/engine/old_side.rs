@@ -1,5 +1,6 @@
 //! The engine's part in being the old process: what the `Upgrade` machine wants done, one leaf each.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -28,6 +29,11 @@ const ACCEPTING_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a new process may take to die, or to shut its gate where it cannot be killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long after commit a new application may leave clients waiting that it has never waited for, however short the
+/// trial; and how often that is looked at beyond the trial.
+const NOT_ACCEPTING_AFTER: Duration = Duration::from_secs(1);
+const NOT_ACCEPTING_INTERVAL: Duration = Duration::from_millis(10);
+
 impl Engine {
     /// A trigger has come.
     pub(super) fn begin(
@@ -45,11 +51,11 @@ impl Engine {
         if let Some((stream, pid)) = pulled {
             log::info!("process {pid} asks for the handover");
             attempt.pid = Some(pid.as_raw());
-            let pidfd = sys::pidfd_of_peer(stream.as_fd(), pid).ok();
-            attempt.process = pidfd.map(|pidfd| Process::other(pid.as_raw(), pidfd));
+            attempt.process = sys::pidfd_of_peer(stream.as_fd(), pid).ok().map(|pidfd| Process::other(pid, pidfd));
             attempt.channel = Channel::new(stream).ok();
         }
         self.attempt = Some(attempt);
+        self.tell_manager_of_upgrade();
         self.schedule_alive();
         self.tell_old_side(Event::Trigger(origin));
     }
@@ -69,8 +75,14 @@ impl Engine {
                 self.shared.gate.shut();
                 return Some(Event::GateShut);
             }
-            Action::OpenGate => self.shared.gate.open(),
+            Action::OpenGate => {
+                self.shared.gate.open();
+                self.take_back_pid_file();
+            }
             Action::Commit => {
+                if let Some(attempt) = &mut self.attempt {
+                    attempt.committed = Some(Instant::now());
+                }
                 if let Err(cause) = self.send(Message::Commit) {
                     return Some(self.failed(Failure::ChannelBroken, cause));
                 }
@@ -133,7 +145,7 @@ impl Engine {
         log::info!("spawned {} as process {pid}", plan.program.display());
         // A child that we have not reaped keeps its pid.
         attempt.pid = Some(pid.as_raw());
-        attempt.process = Some(Process::child(pid.as_raw(), sys::pidfd_open(pid).map_err(io)?));
+        attempt.process = Some(Process::child(pid, sys::pidfd_open(pid).map_err(io)?));
         attempt.channel = Some(channel);
         if let Some(pipe) = pipe {
             let shared = shared.clone();
@@ -276,7 +288,13 @@ impl Engine {
     /// At the end of the trial the new process must have said that it accepts, and no connection may wait where its
     /// application has never waited for any.
     pub(super) fn end_trial(&mut self) {
-        match self.why_it_does_not_serve() {
+        let cause = self.why_it_does_not_serve();
+        let committed = self.attempt.as_ref().and_then(|attempt| attempt.committed);
+        match cause {
+            // On a busy machine clients wait that long for a good build too.
+            Some(_) if committed.is_some_and(|committed| committed.elapsed() < NOT_ACCEPTING_AFTER) => {
+                self.timers.trial = Some(Instant::now() + NOT_ACCEPTING_INTERVAL);
+            }
             Some(cause) => {
                 let event = self.failed(Failure::NotAccepting, cause);
                 self.tell_old_side(event);
@@ -301,9 +319,11 @@ impl Engine {
         }
         let attempt = self.attempt.as_ref()?;
         let accepting = attempt.accepting.as_ref()?;
+        // There may be thousands.
+        let [kept, accepting] = [&attempt.claims.kept, accepting].map(|names| names.iter().collect::<HashSet<_>>());
         let listeners = self.shared.listeners();
         let stuck = listeners.entries().find(|entry| {
-            attempt.claims.kept.contains(&entry.name)
+            kept.contains(&entry.name)
                 && !accepting.contains(&entry.name)
                 && entry.socket.was_waited_on()
                 && has_something_waiting(entry)
@@ -313,12 +333,22 @@ impl Engine {
 
     fn settle(&mut self) {
         self.drain.upgraded = true;
+        self.tell_manager_of_successor();
         if let Err(cause) = self.send(Message::Settled) {
             log::debug!("the new process {cause}");
         }
         let Some(attempt) = &mut self.attempt else { return };
         attempt.channel = None;
         self.successors.extend(attempt.process.take());
+    }
+
+    /// The new process may have put its own in place.
+    fn take_back_pid_file(&self) {
+        let Some(pid_file) = &self.pid_file else { return };
+        match pid_file.prepare() {
+            Ok(()) => pid_file.put_in_place(),
+            Err(error) => log::error!("{error}"),
+        }
     }
 
     /// Before commit: the new process is told, and killed if it is ours. One that pulled keeps its life; it knows that
@@ -400,6 +430,7 @@ impl Engine {
             failure: Some(what.clone()),
             ..ResultEvent::new(outcome, format!("{verdict}: {what}; {serves}"))
         };
+        self.tell_manager_of_failure(&what);
         let deadline = Instant::now() + Report::PATIENCE;
         // One that pulled is not ours to wait for; only what it leaves is of interest.
         let process = match attempt.origin {
@@ -418,9 +449,18 @@ impl Engine {
         let deadline = self.duration(Timer::Drain).map(|timeout| Instant::now() + timeout);
         let upgraded = self.drain.upgraded;
         log::info!("draining {} connections", self.shared.connections.open());
+        self.tell_manager_of_drain();
         self.shared.connections.watch_for_idle();
         self.shared.begin_drain(upgraded, deadline);
         run_drain_hooks(&self.shared);
+    }
+
+    /// A stop that names a time means it, also when this process drains already.
+    pub(super) fn change_drain_timeout(&mut self, timeout: Duration) {
+        self.drain.timeout = Some(timeout);
+        self.perform(Action::Arm(Timer::Drain));
+        let deadline = self.timers.drain;
+        self.shared.phase.update(|phase| phase.change_drain_deadline(deadline));
     }
 
     fn cut(&mut self) {
@@ -436,7 +476,10 @@ impl Engine {
     /// No connection is left and every hook has returned; after a cut the hooks are not waited for.
     pub(super) fn check_idle(&mut self) {
         let draining = self.upgrade.stage() == crate::upgrade::Stage::Draining;
-        if draining && (self.drain.hooks_done || self.drain.cut.is_some()) && self.shared.connections.open() == 0 {
+        // Whoever asked for an upgrade that the stop has ended is told before the process is gone.
+        let told = self.reports.is_empty();
+        let nothing_runs = (self.drain.hooks_done || self.drain.cut.is_some()) && self.shared.connections.open() == 0;
+        if draining && told && nothing_runs {
             self.timers.cut_grace = None;
             self.tell_old_side(Event::Idle);
         }
@@ -446,7 +489,7 @@ impl Engine {
     fn finish(&mut self) {
         let (upgraded, cut) = (self.drain.upgraded, self.drain.cut.unwrap_or(0));
         log::info!("drained");
-        self.unlink_paths();
+        self.remove_paths();
         self.answer_drained(cut);
         self.remove_control_socket();
         self.shared.phase.update(|phase| phase.drained = Some(Drained { upgraded, cut }));

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use signal_hook::SigId;
+use signal_hook::consts::FORBIDDEN;
 use signal_hook::{flag, low_level};
 
 use crate::config::Signals;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 
 pub(crate) struct SignalPipe {
     reader: UnixStream,
@@ -34,6 +35,10 @@ impl SignalPipe {
             return Ok(None);
         }
         let failed = |error: io::Error| Error::io("install signal handlers", error);
+        if let Some(signal) = signals.upgrade.iter().chain(&signals.stop).find(|signal| FORBIDDEN.contains(signal)) {
+            let cause = "no handler can or should be installed for it";
+            return Err(Error::new(ErrorKind::Invalid, format!("use signal {signal}"), cause));
+        }
         let (reader, writer) = UnixStream::pair().map_err(failed)?;
         reader.set_nonblocking(true).map_err(failed)?;
         let mut pipe = Self { reader, upgrade: Arc::default(), stops: vec![], registered: vec![] };

@@ -124,7 +124,8 @@ impl Plan {
 
 /// Variables that speak of this process's own start and would mislead the new one.
 fn is_ours(name: &OsStr) -> bool {
-    name == CHANNEL_VARIABLE || name == "LISTEN_FDS" || name == "LISTEN_PID" || name == "LISTEN_FDNAMES"
+    let ours = [CHANNEL_VARIABLE, "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_PID"];
+    ours.iter().any(|one| name == *one)
 }
 
 fn c_string(text: &OsStr) -> io::Result<CString> {

@@ -77,10 +77,6 @@ impl Running {
         Self { child, lines, stdout: String::new(), stderr: Some(stderr) }
     }
 
-    pub(crate) fn pid(&self) -> i32 {
-        self.child.id().cast_signed()
-    }
-
     /// Waits for a line with `part` in it, and returns that.
     #[track_caller]
     pub(crate) fn wait_for_line(&mut self, part: &str) -> String {
@@ -101,6 +97,17 @@ impl Running {
                 }
             }
         }
+    }
+
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// The new process, of an upgrade with `--json`.
+    #[track_caller]
+    pub(crate) fn new_pid(&mut self) -> i32 {
+        let line: Value = serde_json::from_str(&self.wait_for_line("spawned")).unwrap();
+        i32::try_from(line["pid"].as_i64().unwrap()).unwrap()
     }
 
     #[track_caller]

@@ -13,6 +13,9 @@ use nix::unistd::{Pid, mkfifo};
 
 use crate::wait::eventually;
 
+/// The variable that says to which test a process belongs.
+const MARK: &str = "HANDOVER_IT";
+
 pub(crate) const HANDOVER: &str = env!("CARGO_BIN_EXE_handover");
 
 /// The fixture, which Cargo builds beside the tests.
@@ -46,7 +49,8 @@ impl Home {
     /// A command whose process, with all its descendants, belongs to this test.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
-        command.env("HANDOVER_DIR", self.control()).env_remove("FIXTURE_FAULT").stdin(Stdio::null());
+        command.env(MARK, &self.root).env("HANDOVER_DIR", self.control());
+        command.env_remove("FIXTURE_FAULT").env("PWD", std::env::current_dir().unwrap()).stdin(Stdio::null());
         command
     }
 
@@ -74,9 +78,20 @@ impl Home {
     }
 
     pub(crate) fn copy_of_fixture(&self, name: &str) -> PathBuf {
+        self.copy(&fixture(), name)
+    }
+
+    /// Something that can be run at once. Another process writes it, because a child that some other test starts at
+    /// that moment would inherit an fd open for writing, and until its exec nobody could run the file (ETXTBSY).
+    pub(crate) fn copy(&self, from: &Path, name: &str) -> PathBuf {
         let path = self.path(name);
-        fs::copy(fixture(), &path).unwrap();
+        assert!(Command::new("cp").arg("-p").args([from, &path]).status().unwrap().success());
         path
+    }
+
+    pub(crate) fn script(&self, name: &str, content: &str) -> PathBuf {
+        let text = self.file(&format!("{name}.text"), content.as_bytes(), 0o755);
+        self.copy(&text, name)
     }
 
     /// Where a process can be made to wait.
@@ -88,8 +103,7 @@ impl Home {
 
     /// The living processes that belong to this test, by their environment.
     pub(crate) fn processes(&self) -> Vec<i32> {
-        let control = self.control();
-        let wanted = [b"HANDOVER_DIR=", control.as_os_str().as_encoded_bytes()].concat();
+        let wanted = [MARK.as_bytes(), b"=", self.root.as_os_str().as_encoded_bytes()].concat();
         let mut found: Vec<i32> = fs::read_dir("/proc")
             .unwrap()
             .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())

@@ -88,21 +88,22 @@ fn of_another_architecture() {
     let mut elf = fs::read(crate::home::fixture()).unwrap();
     let other: u16 = if cfg!(target_arch = "aarch64") { 62 } else { 183 };
     elf[18..20].copy_from_slice(&other.to_le_bytes());
-    let file = server.home.file("foreign", &elf[..4096], 0o755);
+    server.home.file("foreign.bytes", &elf[..4096], 0o755);
+    let file = server.home.copy(&server.home.path("foreign.bytes"), "foreign");
     program(&file, &server).complains("it is built for").complains(std::env::consts::ARCH);
 }
 
 #[test]
 fn a_damaged_program() {
     let server = Server::http();
-    let file = server.home.file("text", b"not a program", 0o755);
+    let file = server.home.script("text", "not a program");
     program(&file, &server).complains("neither an ELF program nor a script");
 }
 
 #[test]
 fn a_script_without_its_interpreter() {
     let server = Server::http();
-    let file = server.home.file("script", b"#!/no/such/shell\n", 0o755);
+    let file = server.home.script("script", "#!/no/such/shell\n");
     program(&file, &server).complains("interpreter /no/such/shell, which does not exist");
 }
 
@@ -200,7 +201,7 @@ fn has_no_use_for_a_listener_and_says_that_this_is_an_error() {
 #[test]
 fn cannot_hold_so_many_fds() {
     let server = Server::http();
-    let script = server.home.file("few", b"#!/bin/sh\nulimit -n 5\nexec \"$@\"\n", 0o755);
+    let script = server.home.script("few", "#!/bin/sh\nulimit -n 5\nexec \"$@\"\n");
     let fixture = crate::home::fixture();
     let arguments = ["--exe", script.to_str().unwrap(), "--", fixture.to_str().unwrap(), "--tcp", "http=127.0.0.1:0"];
     let run = fails(&server, &arguments);

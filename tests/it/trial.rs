@@ -87,8 +87,7 @@ fn clients_in_the_queue_do_not_notice() {
     let hold = server.home.fifo("hold");
     let fault = hold.fault("hold-before-ready") + ",ready-never-accepts";
     let mut upgrade = server.begin_upgrade(&["--env", &fault, "--trial", "30s", "--json"]);
-    let line: serde_json::Value = serde_json::from_str(&upgrade.wait_for_line("spawned")).unwrap();
-    let new = i32::try_from(line["pid"].as_i64().unwrap()).unwrap();
+    let new = upgrade.new_pid();
     hold.reached().let_go();
     upgrade.wait_for_line("committed");
     let waiting: Vec<_> = (0..20).map(|_| ask(address, "/")).collect();

@@ -85,8 +85,7 @@ fn a_flood() {
     let pid = server.pid();
     let before = server.settled_holdings(pid);
     let mut upgrade = server.begin_upgrade(&["--env", "FIXTURE_FAULT=flood", "--json"]);
-    let line: serde_json::Value = serde_json::from_str(&upgrade.wait_for_line("spawned")).unwrap();
-    let new = i32::try_from(line["pid"].as_i64().unwrap()).unwrap();
+    let new = upgrade.new_pid();
     upgrade.wait_for_line("still busy");
     assert_eq!(server.status(pid).generation, 1);
     server.signal(new, nix::sys::signal::Signal::SIGKILL);

@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Runs every test, also those that plain `cargo test` leaves out.
+#
+# Usage: scripts/test.sh [PART...]
+#
+#   shell    the scripts themselves: shellcheck
+#   unit     the library's own tests and the examples in its documentation
+#   it       tests with real processes
+#   python   the protocol, played from each side by Python as docs/protocol.md tells it
+#   demo     scripts/demo.sh
+#   load     scripts/load.sh: 50 upgrades under load, in a network namespace of its own
+#   soak     scripts/soak.sh, a short one
+#
+# Without a PART all of them. Programs that are missing are installed with apt where that can be done; a part that still
+# misses one is left out and named at the end, and with CI=true it fails.
+set -euo pipefail
+source "$(dirname "$0")/lib.sh"
+
+all=(shell unit it python demo load soak)
+parts=()
+for argument in "$@"; do
+    case $argument in
+        -h | --help) help ;;
+        *) [[ " ${all[*]} " == *" $argument "* ]] || die "no part is named \`$argument\`: there are ${all[*]}" ;;
+    esac
+    parts+=("$argument")
+done
+((${#parts[@]})) || parts=("${all[@]}")
+
+# The programs that a part needs, and the package of each.
+needs() {
+    case $1 in
+        shell) echo shellcheck:shellcheck ;;
+        python) echo python3:python3 ;;
+        load) echo wrk:wrk h2load:nghttp2-client ip:iproute2 unshare:util-linux ;;
+    esac
+}
+
+missing() {
+    local need
+    for need in $(needs "$1"); do
+        command -v "${need%:*}" >/dev/null || echo "${need#*:}"
+    done
+}
+
+install_missing() {
+    local part packages=() as=()
+    for part in "${parts[@]}"; do
+        mapfile -t -O "${#packages[@]}" packages < <(missing "$part")
+    done
+    ((${#packages[@]})) || return 0
+    command -v apt-get >/dev/null || return 0
+    if ((EUID != 0)); then
+        sudo -n true 2>/dev/null || return 0
+        as=(sudo -n)
+    fi
+    printf 'Installing %s\n' "${packages[*]}"
+    "${as[@]}" apt-get update -qq || true
+    "${as[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null || true
+}
+
+# A network namespace needs root, or a kernel that gives every user namespaces.
+has_namespaces() {
+    unshare --net true 2>/dev/null || unshare --map-root-user --net true 2>/dev/null
+}
+
+left_out=()
+leave_out() {
+    [[ ${CI:-} != true ]] || die "cannot run part \`$1\`: $2"
+    left_out+=("$1: $2")
+}
+
+run() {
+    case $1 in
+        shell) shellcheck .ci/run scripts/*.sh ;;
+        unit) cargo test --all-features --lib --bins && cargo test --all-features --doc ;;
+        it) cargo test --all-features --tests --examples ;;
+        python) cargo build --all-features --examples --bins && python3 -m unittest discover tests/python ;;
+        demo) scripts/demo.sh --upgrades 3 ;;
+        load) scripts/load.sh ;;
+        soak) scripts/soak.sh --upgrades 30 ;;
+    esac
+}
+
+install_missing
+for part in "${parts[@]}"; do
+    lacking=$(missing "$part")
+    if [[ -n $lacking ]]; then
+        leave_out "$part" "apt install ${lacking//$'\n'/ }"
+    elif [[ $part == load ]] && ! has_namespaces; then
+        leave_out "$part" "it needs a network namespace: run it as root"
+    else
+        begun=$SECONDS
+        printf '\n%s--- %s%s\n' "$bold" "$part" "$plain"
+        # Not in a condition, where a failure inside would be passed over.
+        run "$part"
+        printf '%s--- %s: %d s%s\n' "$bold" "$part" $((SECONDS - begun)) "$plain"
+    fi
+done
+if ((${#left_out[@]})); then
+    printf '\n%sLeft out:%s\n' "$red" "$plain"
+    printf '  %s\n' "${left_out[@]}"
+fi
+printf '\n%sAll that ran has passed.%s\n' "$green" "$plain"

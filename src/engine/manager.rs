@@ -1,0 +1,86 @@
+//! The engine's part in what the service manager is told about this process.
+
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use super::Engine;
+use super::attempt::Attempt;
+use crate::upgrade::{Origin, Stage};
+
+impl Engine {
+    /// This process is the one that serves, and the main one.
+    pub(super) fn tell_manager_of_ownership(&mut self) {
+        let Some(notifier) = &self.notifier else { return };
+        notifier.ready(&self.serving_status());
+        self.keep_listeners_in_store();
+        self.ping_watchdog();
+    }
+
+    fn serving_status(&self) -> String {
+        let generation = self.shared.generation;
+        match self.older.len() {
+            0 => format!("generation {generation} serves"),
+            older => format!("generation {generation} serves, {older} older drain"),
+        }
+    }
+
+    /// An older generation has gone.
+    pub(super) fn tell_manager_of_older(&self) {
+        if let (Some(notifier), true, Stage::Serving) = (&self.notifier, self.inherit.owns(), self.upgrade.stage()) {
+            notifier.status(&self.serving_status());
+        }
+    }
+
+    pub(super) fn tell_manager_of_upgrade(&self) {
+        if let Some(notifier) = &self.notifier {
+            notifier.reloading(&format!("upgrading to generation {}", self.shared.generation + 1));
+        }
+    }
+
+    pub(super) fn tell_manager_of_failure(&self, what: &str) {
+        if let Some(notifier) = &self.notifier {
+            notifier.ready(&format!("{}; the last upgrade failed: {what}", self.serving_status()));
+        }
+    }
+
+    /// While this process is still the main one, and before the new one says anything itself. One that pulled was started
+    /// by another unit.
+    pub(super) fn tell_manager_of_successor(&mut self) {
+        let pid = self.attempt.as_ref().filter(|attempt| attempt.origin == Origin::Push).and_then(Attempt::pid);
+        if let (Some(notifier), Some(pid)) = (&self.notifier, pid) {
+            let generation = self.shared.generation;
+            notifier
+                .hand_over_to(pid, &format!("generation {} serves, generation {generation} drains", generation + 1));
+            // Nothing that this process says is believed from now on.
+            self.notifier = None;
+        }
+    }
+
+    pub(super) fn tell_manager_of_drain(&self) {
+        if let Some(notifier) = self.notifier.as_ref().filter(|_| !self.drain.upgraded) {
+            notifier.stopping(&format!("draining {} connections", self.shared.connections.open()));
+        }
+    }
+
+    fn keep_listeners_in_store(&self) {
+        let told = std::env::var_os("FDSTORE").is_some();
+        let Some(notifier) = self.notifier.as_ref().filter(|_| self.shared.config.fd_store.unwrap_or(told)) else {
+            return;
+        };
+        let listeners = self.shared.listeners();
+        listeners.closed_names().iter().for_each(|name| notifier.remove_from_store(name));
+        for entry in listeners.entries() {
+            if let Some(fd) = entry.socket.fd() {
+                notifier.store(&entry.name, fd.as_fd());
+            }
+        }
+    }
+
+    pub(super) fn ping_watchdog(&mut self) {
+        let Some(notifier) = self.notifier.as_ref().filter(|_| self.shared.config.watchdog) else { return };
+        if let Some(interval) = notifier.watchdog() {
+            notifier.watchdog_ping();
+            self.timers.watchdog = Some(Instant::now() + interval);
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! The end of the old process: what is in flight is finished, and the application may end in its own way.
+
+use crate::client::ask;
+use crate::server::Server;
+use crate::wait::{LONG, eventually};
+
+#[test]
+fn a_slow_request_in_flight_is_answered_by_the_old_one() {
+    let server = Server::http();
+    let old = server.pid();
+    let slow: Vec<_> = (0..3).map(|_| ask(server.address(), "/slow/3")).collect();
+    let stream = ask(server.address(), "/stream");
+    eventually("requests in flight", || (server.status(old).connections.open == 4).then_some(()));
+    server.upgrade(&[]).exits_with(0);
+    assert_eq!(server.answerer().generation, 2);
+    for one in slow {
+        let answer = one.answerer();
+        assert_eq!((answer.generation, answer.pid.cast_signed()), (1, old));
+    }
+    let text = stream.try_answer().unwrap();
+    assert!(text.contains("line 20 of 20\n") && text.ends_with("0\r\n\r\n"), "{text}");
+    server.wait_for_end(old);
+    server.assert_only(server.pid());
+}
+
+#[test]
+fn the_drain_hook_runs_once_the_new_one_serves() {
+    let home = crate::home::Home::new();
+    let file = home.path("hook");
+    let server = Server::start_in(home, &["--tcp", "http=127.0.0.1:0", "--drain-hook", file.to_str().unwrap()]);
+    server.upgrade_with_fault("exit-1", &[]).exits_with(1);
+    assert!(!file.exists(), "an upgrade that fails drains nobody");
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "hook\n");
+    std::fs::remove_file(&file).unwrap();
+    server.handover(&["stop", "--pid", &server.pid().to_string()]).exits_with(0);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "hook\n");
+}
+
+/// An idle kept connection is closed after `linger`, and the next request goes to the new process.
+#[test]
+fn idle_connections_do_not_hold_up_the_drain() {
+    let server = Server::http();
+    let old = server.pid();
+    let idle: Vec<_> = (0..10).map(|_| std::net::TcpStream::connect(server.address()).unwrap()).collect();
+    eventually("idle connections", || (server.status(old).connections.open == 10).then_some(()));
+    server.upgrade(&["--wait", "drained", "--drain-timeout", "60s"]).exits_with(0);
+    assert!(crate::server::has_ended(old));
+    drop(idle);
+}
+
+#[test]
+fn upgraded_by_a_signal() {
+    for signal in [nix::sys::signal::Signal::SIGUSR2, nix::sys::signal::Signal::SIGHUP] {
+        let server = Server::http();
+        let old = server.pid();
+        let load = server.load().start();
+        server.signal(old, signal);
+        load.wait_for_generation(2, LONG).unwrap();
+        server.wait_for_end(old);
+        load.stop().assert_lossless();
+        server.assert_only(server.pid());
+    }
+}

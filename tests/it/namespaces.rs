@@ -1,0 +1,87 @@
+//! Processes in namespaces of their own, found and asked from outside by their pid.
+
+use std::process::Child;
+
+use handover::control::{Service, services};
+
+use crate::command::{Run, Running};
+use crate::home::{HANDOVER, Home, fixture};
+use crate::rights::is_root_or_skip;
+use crate::wait::eventually;
+
+/// A fixture below `unshare`, which listens on a Unix socket of the abstract namespace.
+struct Contained {
+    unshare: Child,
+    home: Home,
+}
+
+impl Contained {
+    fn start(unshare: &[&str], prepare: &str) -> Self {
+        let home = Home::new();
+        let script = format!("{prepare}exec {} --unix http=@it --trial 100ms", fixture().display());
+        let mut command = home.logged("unshare", &[unshare, &["/bin/sh", "-c", &script]].concat());
+        // The default place of root, which is private here.
+        command.env_remove("HANDOVER_DIR").env_remove("RUNTIME_DIRECTORY");
+        Self { unshare: command.spawn().unwrap(), home }
+    }
+
+    /// The serving one, as it is seen from here.
+    fn service(&self, generation: u64) -> Service {
+        eventually(&format!("generation {generation}"), || {
+            let own = self.home.processes();
+            services().into_iter().filter(|service| own.contains(&service.pid)).find(|service| {
+                let run = self.handover(&["status", "--json", "--pid", &service.pid.to_string()]);
+                run.code == Some(0) && {
+                    let status = run.last_json();
+                    status["generation"] == generation && status["state"] == "serving"
+                }
+            })
+        })
+    }
+
+    fn handover(&self, arguments: &[&str]) -> Run {
+        let mut command = std::process::Command::new(HANDOVER);
+        command.args(arguments);
+        Running::start(command).finish()
+    }
+}
+
+impl Drop for Contained {
+    fn drop(&mut self) {
+        for pid in self.home.processes() {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+        let _ = self.unshare.wait();
+    }
+}
+
+#[track_caller]
+fn is_upgraded(contained: &Contained, private: bool) {
+    let first = contained.service(1);
+    let outside = std::path::Path::new("/run/handover").join(first.socket.file_name().unwrap());
+    assert_eq!(!outside.exists(), private, "{}", outside.display());
+    let pid = first.pid.to_string();
+    contained.handover(&["upgrade", "--pid", &pid]).exits_with(0).says("upgraded to generation 2");
+    let second = contained.service(2);
+    assert_ne!(second.pid, first.pid);
+    contained.handover(&["ps"]).exits_with(0).says(&second.pid.to_string());
+    contained.handover(&["stop", "--pid", &second.pid.to_string()]).exits_with(0);
+}
+
+#[test]
+fn in_another_mount_and_network_namespace() {
+    if is_root_or_skip("a process in another mount and network namespace") {
+        is_upgraded(&Contained::start(&["-m", "-n"], "mount -t tmpfs none /run && "), true);
+    }
+}
+
+/// It is process 1 there, and its new build another number than here.
+#[test]
+fn in_another_pid_namespace() {
+    if is_root_or_skip("a process in another pid namespace") {
+        // A shell that stays, for the end of process 1 is the end of all.
+        let keep = format!("mount -t tmpfs none /run; {} --unix http=@it2 --trial 100ms & wait; ", fixture().display());
+        let unshare = ["-p", "-f", "-m", "--mount-proc"];
+        is_upgraded(&Contained::start(&unshare, &(keep + "sleep 60; ")), true);
+    }
+}
