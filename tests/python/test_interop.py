@@ -38,8 +38,6 @@ from harness import (  # noqa: E402
     connect,
     has_ended,
     kill_orphan,
-    read_answer,
-    send_request,
     steady_clients,
     wait_until,
 )

@@ -29,6 +29,7 @@ from handover_protocol import (  # noqa: E402
 from harness import (  # noqa: E402
     LIFETIME_SECONDS,
     LONG_TRIAL,
+    NEW_SIDE,
     OLD_SIDE,
     TRIAL_MS,
     ProcessCase,
