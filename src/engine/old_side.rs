@@ -1,5 +1,6 @@
 //! The engine's part in being the old process: what the `Upgrade` machine wants done, one leaf each.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -315,9 +316,11 @@ impl Engine {
         }
         let attempt = self.attempt.as_ref()?;
         let accepting = attempt.accepting.as_ref()?;
+        // There may be thousands.
+        let [kept, accepting] = [&attempt.claims.kept, accepting].map(|names| names.iter().collect::<HashSet<_>>());
         let listeners = self.shared.listeners();
         let stuck = listeners.entries().find(|entry| {
-            attempt.claims.kept.contains(&entry.name)
+            kept.contains(&entry.name)
                 && !accepting.contains(&entry.name)
                 && entry.socket.was_waited_on()
                 && has_something_waiting(entry)
