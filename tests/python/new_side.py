@@ -385,7 +385,8 @@ class NewSide:
 
 def leave_with(code: int) -> Callable[[NewSide], None]:
     def leave(_: NewSide) -> None:
-        raise SystemExit(code)
+        # Not by way of the interpreter, which closes the channel long before the process is gone.
+        os._exit(code)
 
     return leave
 
