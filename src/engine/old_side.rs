@@ -274,8 +274,8 @@ impl Engine {
                 attempt.claims = claims;
                 Event::Ready
             }
-            (_, Message::GaveUp { reason }) => self.failed(Failure::GaveUp, format!("gave up: {reason}")),
-            (_, Message::Stopping) => Event::NewIsStopping,
+            (S::Adopted | S::Trial, Message::GaveUp { reason }) => self.failed(Failure::GaveUp, format!("gave up: {reason}")),
+            (S::Trial, Message::Stopping) => Event::NewIsStopping,
             (S::Trial, Message::Accepting { listeners }) => {
                 attempt.accepting = Some(listeners);
                 // Nothing follows from it before the end of the trial.
