@@ -91,6 +91,8 @@ BEFORE_COMMIT = {
     "oversized-length": Fault("sent a frame of 4194305 bytes, more than 4194304", KILLED),
     "too-many-fds": Fault("sent a frame of 16385 fds, more than 16384", KILLED),
     "unknown-kind": Fault("sent a frame of kind 77, which version 1 of the protocol does not have", KILLED),
+    "gave-up-too-early": Fault("sent `gave-up` out of turn", KILLED),
+    "stopping-too-early": Fault("sent `stopping` out of turn", KILLED),
     "wrong-cookie": Fault("adopted other sockets than those that were offered", KILLED),
     "fewer-listeners": Fault("adopted 0 listeners, not the 1 that were offered", KILLED),
     "newer-version": Fault("refused the handover: the offered versions are too old", EXITED_1, "are too old"),
@@ -112,8 +114,8 @@ IN_TRIAL = {
 HARMLESS = {"slow-start"}
 # A puller lives on after these until it notices; of the others it is known how it ends.
 PULLER_IS_ABORTED = {
-    "garbage", "oversized-length", "too-many-fds", "unknown-kind", "wrong-cookie", "fewer-listeners",
-    "hang-before-adopted", "hang-before-ready",
+    "garbage", "oversized-length", "too-many-fds", "unknown-kind", "gave-up-too-early", "stopping-too-early",
+    "wrong-cookie", "fewer-listeners", "hang-before-adopted", "hang-before-ready",
 }  # fmt: skip
 
 REFUSED = {
