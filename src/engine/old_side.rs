@@ -274,7 +274,9 @@ impl Engine {
                 attempt.claims = claims;
                 Event::Ready
             }
-            (S::Adopted | S::Trial, Message::GaveUp { reason }) => self.failed(Failure::GaveUp, format!("gave up: {reason}")),
+            (S::Adopted | S::Trial, Message::GaveUp { reason }) => {
+                self.failed(Failure::GaveUp, format!("gave up: {reason}"))
+            }
             (S::Trial, Message::Stopping) => Event::NewIsStopping,
             (S::Trial, Message::Accepting { listeners }) => {
                 attempt.accepting = Some(listeners);
