@@ -38,7 +38,7 @@ pub(super) fn run(arguments: &Arguments, output: &mut Output) -> Result<Exit, Fa
 }
 
 /// Looking does no harm, so the process need not be named where only one can be meant.
-fn the_only_one() -> Result<Target, Failure> {
+pub(super) fn the_only_one() -> Result<Target, Failure> {
     match services().as_slice() {
         [] => Err(Failure::new(Exit::NotRunning, "no handover process runs here that this user can see")),
         [only] => Ok(Target::Pid(only.pid)),

@@ -82,7 +82,7 @@ fn program(named: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// The process has a working directory of its own.
-fn seen_from_here(path: &Path) -> Result<PathBuf, Failure> {
+pub(super) fn seen_from_here(path: &Path) -> Result<PathBuf, Failure> {
     absolute(path).map_err(|error| {
         let here = env::current_dir().unwrap_or_default();
         Failure::usage(format!("cannot tell where {} is, seen from {}: {error}", path.display(), here.display()))

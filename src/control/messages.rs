@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -281,7 +281,11 @@ pub struct Status {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
     /// The program that an upgrade would start.
+    #[serde(serialize_with = "lossy")]
     pub program: PathBuf,
+    /// The working directory in which it would be started.
+    #[serde(default, serialize_with = "lossy", skip_serializing_if = "is_empty")]
+    pub directory: PathBuf,
     /// The build that runs.
     pub build: BuildIdentity,
     /// In the order of their names.
@@ -293,8 +297,34 @@ pub struct Status {
     /// The last upgrade that this process was part of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_upgrade: Option<LastUpgrade>,
+    /// What an upgrade is bounded by, where it does not say otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
     /// The version of this library.
     pub handover: String,
+}
+
+/// What a process is configured with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Limits {
+    /// How long a new process may be silent before it is ready, in milliseconds.
+    pub ready_timeout_ms: u64,
+    /// How long after commit its death makes the old one accept again, in milliseconds.
+    pub trial_ms: u64,
+    /// How long open connections may take to finish, in milliseconds; 0 for ever.
+    pub drain_timeout_ms: u64,
+    /// How many older generations may drain when an upgrade is asked for.
+    pub max_draining: usize,
+}
+
+/// JSON is Unicode, paths are not; for people that is near enough.
+fn lossy<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 /// Which build a process runs: the file as it was at the start.
@@ -302,6 +332,7 @@ pub struct Status {
 #[non_exhaustive]
 pub struct BuildIdentity {
     /// Where the file was.
+    #[serde(serialize_with = "lossy")]
     pub path: PathBuf,
     /// `st_dev`.
     pub device: u64,

@@ -52,10 +52,16 @@ impl Started {
         Self { program, argv0, arguments, directory, signal_mask: SigSet::thread_get_mask().unwrap_or(SigSet::empty()) }
     }
 
-    /// The program as an absolute path, for people.
-    pub(crate) fn program_path(&self) -> PathBuf {
-        let path = env::var_os("PATH");
-        resolve(&self.program, &self.directory, path.as_deref()).unwrap_or_else(|| self.program.clone())
+    /// What an upgrade starts unless it is told otherwise, as an absolute path, for people.
+    pub(crate) fn program_path(&self, config: &Config) -> PathBuf {
+        let (named, path) = (config.program.as_ref().unwrap_or(&self.program), env::var_os("PATH"));
+        resolve(named, &self.directory, path.as_deref()).unwrap_or_else(|| named.clone())
+    }
+
+    /// Where it starts it; `asked` goes before the configuration.
+    pub(crate) fn directory(&self, config: &Config, asked: Option<&PathBuf>) -> PathBuf {
+        let named = asked.or(config.directory.as_ref());
+        named.map_or_else(|| self.directory.clone(), |path| self.directory.join(path))
     }
 }
 
@@ -72,8 +78,7 @@ pub(crate) struct Plan {
 impl Plan {
     /// The request goes before the configuration, and that before how this process was started.
     pub(crate) fn new(started: &Started, config: &Config, request: &UpgradeRequest) -> Result<Self, Error> {
-        let directory = request.cwd.as_ref().or(config.directory.as_ref());
-        let directory = directory.map_or_else(|| started.directory.clone(), |path| started.directory.join(path));
+        let directory = started.directory(config, request.cwd.as_ref());
         let other_program = request.exe.as_ref().or(config.program.as_ref());
         let named = other_program.unwrap_or(&started.program);
         let mut environment: Vec<(OsString, OsString)> = env::vars_os().filter(|(name, _)| !is_ours(name)).collect();
@@ -206,6 +211,6 @@ mod tests {
     #[test]
     fn this_process_knows_its_own_program() {
         let started = Started::of_this_process();
-        assert_eq!(fs::canonicalize(started.program_path()).unwrap(), env::current_exe().unwrap());
+        assert_eq!(fs::canonicalize(started.program_path(&Config::default())).unwrap(), env::current_exe().unwrap());
     }
 }

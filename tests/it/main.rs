@@ -22,6 +22,7 @@ mod old_process;
 mod control;
 mod binary;
 mod the_command;
+mod check;
 mod listeners;
 mod datagrams;
 mod drain;
