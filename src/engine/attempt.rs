@@ -53,6 +53,7 @@ pub(super) struct Attempt {
     pub(super) starting: Option<String>,
     /// Listeners on which the new application waits, once it has answered the commit.
     pub(super) accepting: Option<Vec<String>>,
+    pub(super) committed: Option<Instant>,
     /// What went wrong; completes "the new build …".
     pub(super) cause: Option<String>,
 }
@@ -72,6 +73,7 @@ impl Attempt {
             claims: Claims::default(),
             starting: None,
             accepting: None,
+            committed: None,
             cause: None,
         }
     }

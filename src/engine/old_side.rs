@@ -1,5 +1,6 @@
 //! The engine's part in being the old process: what the `Upgrade` machine wants done, one leaf each.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -24,6 +25,11 @@ use crate::upgrade::{Action, Event, Failure, Origin, Progress, Timer};
 
 /// How long the answer to commit may take, where the trial is over sooner.
 const ACCEPTING_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How long after commit a new application may leave clients waiting that it has never waited for, however short the
+/// trial; and how often that is looked at beyond the trial.
+const NOT_ACCEPTING_AFTER: Duration = Duration::from_secs(1);
+const NOT_ACCEPTING_INTERVAL: Duration = Duration::from_millis(10);
 
 impl Engine {
     /// A trigger has come.
@@ -71,6 +77,9 @@ impl Engine {
                 self.take_back_pid_file();
             }
             Action::Commit => {
+                if let Some(attempt) = &mut self.attempt {
+                    attempt.committed = Some(Instant::now());
+                }
                 if let Err(cause) = self.send(Message::Commit) {
                     return Some(self.failed(Failure::ChannelBroken, cause));
                 }
@@ -276,7 +285,13 @@ impl Engine {
     /// At the end of the trial the new process must have said that it accepts, and no connection may wait where its
     /// application has never waited for any.
     pub(super) fn end_trial(&mut self) {
-        match self.why_it_does_not_serve() {
+        let cause = self.why_it_does_not_serve();
+        let committed = self.attempt.as_ref().and_then(|attempt| attempt.committed);
+        match cause {
+            // On a busy machine clients wait that long for a good build too.
+            Some(_) if committed.is_some_and(|committed| committed.elapsed() < NOT_ACCEPTING_AFTER) => {
+                self.timers.trial = Some(Instant::now() + NOT_ACCEPTING_INTERVAL);
+            }
             Some(cause) => {
                 let event = self.failed(Failure::NotAccepting, cause);
                 self.tell_old_side(event);
@@ -301,9 +316,11 @@ impl Engine {
         }
         let attempt = self.attempt.as_ref()?;
         let accepting = attempt.accepting.as_ref()?;
+        // There may be thousands.
+        let [kept, accepting] = [&attempt.claims.kept, accepting].map(|names| names.iter().collect::<HashSet<_>>());
         let listeners = self.shared.listeners();
         let stuck = listeners.entries().find(|entry| {
-            attempt.claims.kept.contains(&entry.name)
+            kept.contains(&entry.name)
                 && !accepting.contains(&entry.name)
                 && entry.socket.was_waited_on()
                 && has_something_waiting(entry)

@@ -22,7 +22,7 @@ fn a_pid_that_is_no_handover_process() {
     for verb in ["upgrade", "status", "stop"] {
         handover(&[verb, "--pid", &pid])
             .exits_with(7)
-            .complains(&format!("cannot find the control socket of process {pid}: it runs (`it-"))
+            .complains(&format!("cannot find the control socket of process {pid}: it runs (`it"))
             .complains("is no handover process")
             .complains("`handover ps` lists those that are");
     }
