@@ -72,9 +72,8 @@ impl<'a> Axum<'a> {
 
     /// Returns when the trial is over, and when that was.
     fn upgrade(&self, trial: Duration) -> Result<Instant> {
-        let mut request = UpgradeRequest::default();
-        request.wait = Some(Wait::Healthy);
-        request.trial_ms = Some(u64::try_from(trial.as_millis())?);
+        let trial_ms = Some(u64::try_from(trial.as_millis())?);
+        let request = UpgradeRequest { wait: Some(Wait::Healthy), trial_ms, ..UpgradeRequest::default() };
         let mut healthy = None;
         Client::connect(&self.control()?)?.upgrade(&request, |answer| {
             if let handover::control::Answer::Stage(stage) = answer {

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::{Claims, DrainingGeneration, Kind};
+pub use crate::protocol::BuildIdentity;
+use crate::protocol::{Claims, DrainingGeneration, Kind, lossy};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
@@ -42,6 +43,9 @@ pub struct UpgradeRequest {
     /// The program to start, absolute or relative to the working directory of the running process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exe: Option<PathBuf>,
+    /// Start the build that served before this one, if it is still where it was; not together with `exe`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub previous: bool,
     /// Its arguments, without argv\[0\].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub args: Option<Vec<String>>,
@@ -288,6 +292,9 @@ pub struct Status {
     pub directory: PathBuf,
     /// The build that runs.
     pub build: BuildIdentity,
+    /// The build that served before this one: what `handover upgrade --previous` starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<BuildIdentity>,
     /// In the order of their names.
     pub listeners: Vec<ListenerStatus>,
     /// Accepted connections.
@@ -318,30 +325,8 @@ pub struct Limits {
     pub max_draining: usize,
 }
 
-/// JSON is Unicode, paths are not; for people that is near enough.
-fn lossy<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&path.to_string_lossy())
-}
-
 fn is_empty(path: &Path) -> bool {
     path.as_os_str().is_empty()
-}
-
-/// Which build a process runs: the file as it was at the start.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct BuildIdentity {
-    /// Where the file was.
-    #[serde(serialize_with = "lossy")]
-    pub path: PathBuf,
-    /// `st_dev`.
-    pub device: u64,
-    /// `st_ino`.
-    pub inode: u64,
-    /// In bytes.
-    pub size: u64,
-    /// When it was last written, in milliseconds since 1970.
-    pub modified_unix_ms: u64,
 }
 
 /// A listener.

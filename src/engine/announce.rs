@@ -249,6 +249,7 @@ impl Engine {
             program: shared.started.program_path(&shared.config),
             directory: shared.started.directory(&shared.config, None),
             build: shared.build_identity(),
+            previous: shared.previous.clone(),
             listeners: shared.listeners().entries().map(listener_status).collect(),
             connections,
             draining: self.older.iter().map(|(older, _)| older.clone()).collect(),

@@ -24,6 +24,7 @@ mod old_wire;
 mod limits;
 mod pid_file;
 mod binary;
+mod previous;
 mod the_command;
 mod check;
 mod listeners;
