@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -133,7 +134,8 @@ impl Engine {
     fn spawn(&mut self) -> Result<(), String> {
         let shared = &self.shared;
         let Some(attempt) = &mut self.attempt else { return Err("was never asked for".to_owned()) };
-        let plan = Plan::new(&shared.started, &shared.config, &attempt.request).map_err(|error| error.to_string())?;
+        let plan = Plan::new(&shared.started, &shared.config, &attempt.request, shared.previous.as_ref());
+        let plan = plan.map_err(|error| error.to_string())?;
         let io = |error: io::Error| format!("cannot be spawned: {error}");
         let (ours, theirs) = UnixStream::pair().map_err(io)?;
         let (pipe, stderr) = match shared.config.capture_stderr {
@@ -188,6 +190,8 @@ impl Engine {
             draining: self.older.iter().map(|(older, _)| older.clone()).collect(),
             ready_timeout_ms: milliseconds(attempt.request.ready_timeout().unwrap_or(ready_timeout)),
             trial_ms: milliseconds(attempt.request.trial().unwrap_or(trial)),
+            build: Some(shared.build_identity()).filter(|build| is_unicode(&build.path)),
+            program: Some(shared.started.lasting_program()).filter(|path| attempt.request.previous && is_unicode(path)),
         };
         channel.send(Message::Offer(offer), fds).map_err(|broken| broken.to_string())
     }
@@ -506,6 +510,11 @@ impl Engine {
             self.answer_if_waiting(Wait::Healthy);
         }
     }
+}
+
+/// JSON can carry no other paths.
+fn is_unicode(path: &Path) -> bool {
+    path.to_str().is_some()
 }
 
 fn has_something_waiting(entry: &Entry) -> bool {

@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags};
@@ -17,7 +18,8 @@ use crate::control::{Client, Target};
 use crate::error::{Error, ErrorKind};
 use crate::listeners::{Inherited, Source, address_of_offered, kind_of};
 use crate::protocol::{
-    AdoptedListener, CHANNEL_VARIABLE, DrainingGeneration, Message, Offer, OfferedListener, STATE_BYTES_MAX, VERSIONS,
+    AdoptedListener, BuildIdentity, CHANNEL_VARIABLE, DrainingGeneration, Message, Offer, OfferedListener,
+    STATE_BYTES_MAX, VERSIONS,
 };
 use crate::state::HandedState;
 use crate::sys;
@@ -41,6 +43,10 @@ pub(crate) struct HandedParts {
     pub(crate) stderr: Option<OwnedFd>,
     /// The old process, and those before it that still drain.
     pub(crate) older: Vec<DrainingGeneration>,
+    /// What the old process runs.
+    pub(crate) build: Option<BuildIdentity>,
+    /// What upgrades start, if it is another program than this one.
+    pub(crate) program: Option<PathBuf>,
 }
 
 /// The handover that this process was spawned for, if it was.
@@ -163,7 +169,8 @@ fn check(offer: Offer, fds: Vec<OwnedFd>, old_pid: Option<i32>) -> Result<Handed
     let stderr = if offer.stderr { fds.next() } else { None };
     let old = DrainingGeneration { pid: old_pid.unwrap_or(offer.pid), generation: offer.generation.saturating_sub(1) };
     let older = std::iter::once(old).chain(offer.draining).collect();
-    Ok(HandedParts { generation: offer.generation, inherited, state, stderr, older })
+    let (generation, build, program) = (offer.generation, offer.build, offer.program);
+    Ok(HandedParts { generation, inherited, state, stderr, older, build, program })
 }
 
 fn adopt(listener: OfferedListener, fd: OwnedFd) -> Result<Inherited, String> {

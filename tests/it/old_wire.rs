@@ -125,8 +125,9 @@ fn ends_with(mut child: Child, code: i32) {
 #[track_caller]
 fn serves_as_the_first(old: Old, home: Home, child: Child) {
     let address = old.listener.local_addr().unwrap();
-    // The listener dies with the old process.
-    drop(old);
+    // The listener dies with the old process: no later than its channel.
+    drop(old.listener);
+    drop(old.channel);
     let server = Server::adopt(home, child);
     server.wait_until(server.first_pid(), State::Serving);
     assert_eq!((server.address(), server.answerer().generation), (address, 1));
