@@ -429,6 +429,7 @@ impl Engine {
             _ => format!("process {pid} (generation {generation}) serves on"),
         };
         let verdict = if outcome == Outcome::RolledBack { "rolled back" } else { "not upgraded" };
+        let outcome = if failure == Failure::Stopped { Outcome::Ended } else { outcome };
         let result = ResultEvent {
             at_ms: Some(attempt.elapsed_ms()),
             pid: Some(pid.cast_signed()),

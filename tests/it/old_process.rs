@@ -148,7 +148,7 @@ fn killed_with_the_new_one_nothing_serves_and_that_is_said() {
 fn is_aborted_by_sigterm(point: &str) {
     let midway = Midway::at(point);
     midway.server.signal(midway.old, Signal::SIGTERM);
-    let run = midway.upgrade.finish().exits_with(1);
+    let run = midway.upgrade.finish().exits_with(8);
     let message = run.last_json()["message"].as_str().unwrap().to_owned();
     let wanted = format!("was not ready when this process was told to stop; process {} is draining", midway.old);
     assert!(message.contains(&wanted), "{message}");
