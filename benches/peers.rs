@@ -164,9 +164,7 @@ impl Peer for Ours {
     }
 
     fn replace(&self, _: u64) -> Result<()> {
-        let mut request = UpgradeRequest::default();
-        request.wait = Some(Wait::Ready);
-        request.trial_ms = Some(200);
+        let request = UpgradeRequest { wait: Some(Wait::Ready), trial_ms: Some(200), ..UpgradeRequest::default() };
         self.control()?.upgrade(&request, |_| {})?;
         Ok(())
     }

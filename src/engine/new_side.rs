@@ -87,13 +87,11 @@ impl Engine {
             pid_file.discard();
         }
         self.shared.listeners().forget_inherited();
+        // Before the application hears of it and exits. Its threads may hold handles, so that the last one is never
+        // dropped.
+        self.shared.listeners().unlink_paths(false);
+        self.remove_control_socket();
         let serves = self.shared.phase.read(|phase| phase.ownership == Ownership::Owner);
-        if !serves {
-            // Before the application hears of it and exits. Its threads may hold handles, so that the last one is
-            // never dropped.
-            self.remove_paths();
-            self.remove_control_socket();
-        }
         self.shared.phase.update(|phase| phase.ownership = Ownership::Refused(reason.to_owned()));
         if serves {
             // In the trial the application no longer waits to be told whether it may serve: it waits for the drain.

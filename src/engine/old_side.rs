@@ -27,6 +27,9 @@ use crate::upgrade::{Action, Event, Failure, Origin, Progress, Timer};
 /// How long the answer to commit may take, where the trial is over sooner.
 const ACCEPTING_PATIENCE: Duration = Duration::from_millis(500);
 
+/// How long a new process may take to die, or to shut its gate where it cannot be killed.
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// How long after commit a new application may leave clients waiting that it has never waited for, however short the
 /// trial; and how often that is looked at beyond the trial.
 const NOT_ACCEPTING_AFTER: Duration = Duration::from_secs(1);
@@ -369,15 +372,22 @@ impl Engine {
         }
     }
 
-    /// After commit: it may be accepting, so it must be gone before we accept.
-    fn kill(&mut self, _failure: Failure) {
-        let Some(attempt) = &mut self.attempt else { return };
-        attempt.channel = None;
-        if let Some(process) = &attempt.process {
-            process.kill();
-            if !process.wait_for_end(Duration::from_secs(2)) {
-                log::warn!("the new process does not die; it can accept no more all the same");
+    /// After commit: it may be accepting, so it must be gone before we accept. One that we may not kill, because it
+    /// pulled as another user or from where its pid is not seen, is told, and closes the channel when its gate is shut:
+    /// without a word it would take the end of the channel for our death, and accept for good.
+    fn kill(&mut self, failure: Failure) {
+        let process = self.attempt.as_ref().and_then(|attempt| attempt.process.as_ref());
+        if !process.is_some_and(|process| process.kill_and_wait(KILL_TIMEOUT)) {
+            log::warn!("the new process does not die: it is told that the upgrade is off");
+            let reason = format!("the upgrade is rolled back: the new build {}", self.words_for(failure));
+            let _ = self.send(Message::Aborted { reason });
+            let deadline = Some(Instant::now() + KILL_TIMEOUT);
+            if let Some(channel) = self.attempt.as_ref().and_then(|attempt| attempt.channel.as_ref()) {
+                let _ = crate::poll::wait(channel.as_fd(), PollFlags::empty(), deadline);
             }
+        }
+        if let Some(attempt) = &mut self.attempt {
+            attempt.channel = None;
         }
     }
 

@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::Pid;
 use socket2::SockRef;
 
 use crate::channel::{Broken, Channel};
@@ -24,6 +26,9 @@ use crate::sys;
 
 /// The old process has made the offer before it looks for an answer.
 const OFFER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long an old process whose channel has ended may take until it is gone.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What an old process has handed over, and the channel to it.
 pub(crate) struct Handed {
@@ -49,8 +54,14 @@ pub(crate) struct HandedParts {
 /// `None` also when the old process died before it had handed everything over: then this process is a first generation.
 pub(crate) fn from_environment() -> Result<Option<Handed>, Error> {
     let Some(stream) = channel_from_environment() else { return Ok(None) };
+    let old = getsockopt(&stream, PeerCredentials).map_err(io::Error::from);
+    let old = old.and_then(|old| sys::pidfd_of_peer(stream.as_fd(), Pid::from_raw(old.pid())));
     let handed = receive(stream, None, "take the handover of the old process")?;
     if handed.is_none() {
+        // Its end of the channel is closed before its listeners are; until then their addresses cannot be bound.
+        if let Ok(old) = old {
+            let _ = crate::poll::wait(old.as_fd(), PollFlags::POLLIN, Some(Instant::now() + DEATH_TIMEOUT));
+        }
         give_up_dead_stderr();
         log::warn!("the old process died before it had handed over its listeners: starting afresh");
     }

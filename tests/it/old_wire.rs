@@ -105,7 +105,7 @@ impl Old {
 
     /// The new process says why, and ends without having served.
     #[track_caller]
-    fn is_refused(mut self, home: &Home, child: Child, reason: &str) {
+    fn refused_by_new(mut self, home: &Home, child: Child, reason: &str) {
         let (kind, body) = self.hear();
         assert_eq!(kind, REFUSED, "{body}");
         assert!(body["reason"].as_str().unwrap().contains(reason), "{body}");
@@ -159,7 +159,7 @@ fn of_a_newer_version() {
     offer["protocol"] = json!({"min": 2, "max": 3});
     old.say(OFFER, &offer, 1);
     old.send_fds(&[old.listener.as_raw_fd()]);
-    old.is_refused(&home, child, "speaks protocol versions 2 to 3, this build speaks 1 to 1");
+    old.refused_by_new(&home, child, "speaks protocol versions 2 to 3, this build speaks 1 to 1");
 }
 
 /// A later version of the protocol's first version: more fields, and kinds that only it would send.
@@ -180,14 +180,14 @@ fn that_says_more_than_is_known() {
 fn that_sends_garbage() {
     let (mut old, home, child) = Old::start();
     old.channel.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
-    old.is_refused(&home, child, "the old process sent bytes that are no frame");
+    old.refused_by_new(&home, child, "the old process sent bytes that are no frame");
 }
 
 #[test]
 fn that_sends_a_frame_too_long() {
     let (mut old, home, child) = Old::start();
     old.channel.write_all(b"HNDO\0\x01\0\0\0\x40\0\x01\0\0\0\x01").unwrap();
-    old.is_refused(&home, child, "a frame of 4194305 bytes, more than 4194304");
+    old.refused_by_new(&home, child, "a frame of 4194305 bytes, more than 4194304");
 }
 
 #[test]
@@ -199,14 +199,14 @@ fn that_sends_too_few_fds() {
     offer["listeners"][1]["name"] = json!("other");
     old.say(OFFER, &offer, 2);
     old.send_fds(&[old.listener.as_raw_fd()]);
-    old.is_refused(&home, child, "1 fds in a message instead of 2");
+    old.refused_by_new(&home, child, "1 fds in a message instead of 2");
 }
 
 #[test]
 fn that_announces_another_number_of_fds_than_of_listeners() {
     let (mut old, home, child) = Old::start();
     old.say(OFFER, &old.offer(), 2);
-    old.is_refused(&home, child, "`offer` with 2 fds instead of 1");
+    old.refused_by_new(&home, child, "`offer` with 2 fds instead of 1");
 }
 
 #[test]
@@ -215,7 +215,7 @@ fn that_sends_another_socket_than_it_says() {
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
     old.say(OFFER, &old.offer(), 1);
     old.send_fds(&[other.as_raw_fd()]);
-    old.is_refused(&home, child, "listener `http`: the socket received has cookie");
+    old.refused_by_new(&home, child, "listener `http`: the socket received has cookie");
 }
 
 #[test]
@@ -224,7 +224,7 @@ fn that_sends_what_is_no_socket() {
     let file = File::open("/dev/null").unwrap();
     old.say(OFFER, &old.offer(), 1);
     old.send_fds(&[file.as_raw_fd()]);
-    old.is_refused(&home, child, "listener `http`: ");
+    old.refused_by_new(&home, child, "listener `http`: ");
 }
 
 #[test]

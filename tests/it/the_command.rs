@@ -132,7 +132,7 @@ fn one_json_object_a_line() {
 fn waiting_until_ready_healthy_or_drained() {
     let server = Server::http();
     let first = server.pid();
-    let slow = ask(server.address(), "/slow/1");
+    let slow = ask(server.address(), "/slow/4");
     eventually("a request in flight", || (server.status(first).connections.open == 1).then_some(()));
     let ready = server.upgrade(&["--wait", "ready", "--trial", "500ms"]).exits_with(0);
     assert!(!ready.stdout.contains("healthy"), "{ready:?}");
@@ -209,7 +209,7 @@ fn ps() {
 fn stop_drains() {
     let server = Server::http();
     let pid = server.pid();
-    let slow = ask(server.address(), "/slow/1");
+    let slow = ask(server.address(), "/slow/4");
     eventually("a request in flight", || (server.status(pid).connections.open == 1).then_some(()));
     let run = handover(&["stop", "--pid", &pid.to_string()]).exits_with(0);
     assert!(run.stdout.contains("draining") && run.stdout.contains("1 connection open"), "{run:?}");

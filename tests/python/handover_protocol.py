@@ -268,6 +268,9 @@ class Channel:
     def close(self) -> None:
         self._sock.close()
 
+    def pidfd_of_peer(self) -> Optional[int]:
+        return pidfd_of_peer(self._sock)
+
     def send(self, kind: Kind, body: Dict[str, Any], fds: Sequence[int] = (), *, deadline: Deadline) -> None:
         self.send_bytes(encode_frame(kind, body, len(fds)), deadline)
         self.send_fds(fds, deadline)
@@ -356,6 +359,15 @@ def fd_message_fault(payload: bytes, flags: int, received: int, expected: int) -
 
 
 # The inherited channel.
+
+
+def wait_for_death(channel: Channel, seconds: float) -> None:
+    """The peer's end of the channel is closed before its listeners are, whose addresses are wanted."""
+    pidfd = channel.pidfd_of_peer()
+    if pidfd is not None:
+        with contextlib.suppress(DeadlinePassed):
+            wait_readable([pidfd], Deadline(seconds))
+        os.close(pidfd)
 
 
 def inherited_channel(variable: Optional[str]) -> Optional[Channel]:

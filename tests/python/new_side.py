@@ -60,6 +60,7 @@ FAULTS = (
 SEND_SECONDS = 5.0
 LINGER_SECONDS = 60.0
 DRAIN_SECONDS = 10.0
+DEATH_SECONDS = 2.0
 
 
 class Aborted(Exception):
@@ -117,6 +118,7 @@ class NewSide:
         except ChannelEnded:
             if pulling:
                 return self.fail("the old process ended before its offer was whole")
+            protocol.wait_for_death(self.channel, DEATH_SECONDS)
             give_up_dead_stderr()
             return self.first_generation("the old process ended before its offer was whole")
         report("new", "offered", generation=self.offer.generation)

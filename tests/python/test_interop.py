@@ -10,6 +10,7 @@ import collections
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ FIXTURE = os.path.join(TARGET, "examples", "fixture")
 
 TRIAL_MS = "150"
 IMPATIENT_MS = "400"
+NOBODY = 65534
 KILLED = "was killed by SIGKILL"
 
 
@@ -339,6 +341,7 @@ class RustOldPushes(InteropCase):
         upgrade = self.follow(asking)
         self.assertEqual((upgrade.exit_code, upgrade.result["result"]), (0, "upgraded"))
         self.assertEqual(rust.exit_code(), 0)
+        self.assertTrue(has_ended(self.new_pidfd, PATIENCE_SECONDS))
         with self.assertRaises(ConnectionRefusedError):
             connect(self.address)
 
@@ -424,6 +427,22 @@ class RustOldIsPulledFrom(InteropCase):
         self.assertEqual(last["result"], result, last)
         self.assertRegex(last["message"], f"the new build {message}")
         self.assert_served_by(1, rust.pid)
+        self.assert_nothing_is_left_over(rust)
+
+    def test_puller_that_cannot_be_killed_is_told(self) -> None:
+        if os.geteuid() != 0:
+            self.skipTest("it takes root to be two users")
+        # Where the other user can execute it.
+        os.chmod(self.directory, 0o711)
+        program = shutil.copy(FIXTURE, self.path("fixture"))
+        os.mkdir(self.environment["HANDOVER_DIR"], 0o700)
+        os.chown(self.environment["HANDOVER_DIR"], NOBODY, NOBODY)
+        rust = self.start_rust("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
+                               program, "--tcp", "http=127.0.0.1:0", "--trial", "300ms")  # fmt: skip
+        new = self.pull(rust, "--fault", "never-accept")
+        new.log.wait("new", "accepting")
+        self.assert_served_by(1, rust.pid)
+        self.assert_ends_with(new, 1, "aborted by the old process: the upgrade is rolled back")
         self.assert_nothing_is_left_over(rust)
 
     def test_by_pid(self) -> None:
