@@ -2,6 +2,9 @@
 
 mod check;
 mod exit;
+mod generate;
+mod interrupt;
+mod journal;
 mod output;
 mod ps;
 mod status;
@@ -18,16 +21,33 @@ use handover::control::Target;
 
 pub(crate) use exit::Exit;
 use exit::Failure;
+pub(crate) use journal::log_to_stderr;
 use output::Output;
 
-/// Replace a running server with its new build without dropping a connection.
+/// Replace a running server with its new build without dropping a connection
+///
+/// The process starts its new build, hands the listening sockets over and finishes its open connections. Nobody is
+/// refused meanwhile; if the new build does not come up, the old one serves on and this command says why.
 #[derive(Debug, Parser)]
 #[command(version, about, max_term_width = 100, propagate_version = true, subcommand_required = true)]
-#[command(
-    after_help = "Exit codes: 0 done; 1 failed, the old build serves on; 2 usage; 3 another upgrade is under way;\n\
-    4 not permitted; 5 done, but connections were cut at the drain deadline; 7 not running, or no\n\
-    handover process; 8 nothing serves any more."
-)]
+#[command(disable_help_subcommand = true)]
+#[command(after_help = "`handover VERB --help` has examples.")]
+#[command(after_long_help = "Examples:\n  \
+    handover ps                          what runs here\n  \
+    handover check --pid 4711            will an upgrade work?\n  \
+    handover upgrade --pid 4711          start the new build and hand over to it\n  \
+    handover status --pid 4711           what serves now, and what came of the last upgrade\n  \
+    handover stop --pid 4711             finish the open connections, then exit\n\n\
+    Exit codes:\n  \
+    0  done\n  \
+    1  failed, the old build serves on\n  \
+    2  wrong usage\n  \
+    3  busy: another upgrade is under way\n  \
+    4  not permitted\n  \
+    5  done, but connections were cut at the drain deadline\n  \
+    7  not running, or no handover process\n  \
+    8  nothing serves any more\n\n\
+    RUST_LOG=debug in the environment shows whom it asks, and where.")]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     verb: Verb,
@@ -118,7 +138,19 @@ impl From<Wait> for handover::control::Wait {
     }
 }
 
-pub(crate) fn run(arguments: Arguments) -> Exit {
+/// Does what the command line says.
+///
+/// # Errors
+///
+/// What is wrong with the command line; help and version are errors to clap as well.
+pub(crate) fn run() -> Result<Exit, clap::Error> {
+    Ok(match generate::parse()? {
+        Ok(arguments) => do_verb(arguments),
+        Err(arguments) => ended(generate::run(&arguments), Output::new(false)),
+    })
+}
+
+fn do_verb(arguments: Arguments) -> Exit {
     let (result, output) = match arguments.verb {
         Verb::Upgrade(arguments) => {
             let mut output = Output::new(arguments.json);
@@ -141,6 +173,10 @@ pub(crate) fn run(arguments: Arguments) -> Exit {
             (check::run(&arguments, &mut output), output)
         }
     };
+    ended(result, output)
+}
+
+fn ended(result: Result<Exit, Failure>, output: Output) -> Exit {
     match result {
         Ok(exit) => exit,
         Err(failure) => {

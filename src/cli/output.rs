@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
+use super::journal::error_prefix;
 
 pub(crate) struct Output {
     json: bool,
@@ -94,16 +95,21 @@ impl Output {
             self.line(&result.message);
             return exit;
         }
-        self.end_line();
-        let mut stderr = io::stderr().lock();
-        let _ = writeln!(stderr, "handover: {}", result.message);
+        let mut lines = vec![format!("handover: {}", result.message)];
         if !result.stderr.is_empty() {
-            let _ = writeln!(stderr, "the last lines that the new build wrote to stderr:");
+            lines.push("the last lines that the new build wrote to stderr:".to_owned());
         }
-        for line in &result.stderr {
-            let _ = writeln!(stderr, "  | {line}");
-        }
+        lines.extend(result.stderr.iter().map(|line| format!("  | {line}")));
+        self.complain(&lines);
         exit
+    }
+
+    fn complain(&mut self, lines: &[String]) {
+        self.end_line();
+        let (mut stderr, prefix) = (io::stderr().lock(), error_prefix());
+        for line in lines {
+            let _ = writeln!(stderr, "{prefix}{line}");
+        }
     }
 
     fn end_line(&mut self) {
@@ -117,8 +123,7 @@ impl Output {
             let exit_code = failure.exit as u8;
             self.json_line(&json!({"event": "error", "message": failure.message, "exit_code": exit_code}));
         } else {
-            self.end_line();
-            let _ = writeln!(io::stderr().lock(), "handover: {}", failure.message);
+            self.complain(&[format!("handover: {}", failure.message)]);
         }
     }
 }

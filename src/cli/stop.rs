@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use clap::Args;
-use handover::control::Client;
+use handover::control::{Answer, Client};
 
 use super::exit::{Exit, Failure};
 use super::output::Output;
-use super::{Which, duration};
+use super::{Which, duration, interrupt};
 
 /// Drain a process: it accepts no more, finishes its connections and exits
 #[derive(Args, Debug)]
@@ -27,6 +27,12 @@ pub(crate) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, output: &mut Output) -> Result<Exit, Failure> {
     let client = Client::connect(&arguments.which.named_target()?)?;
-    let result = client.stop(arguments.drain_timeout, |answer| output.answer("stopping", answer))?;
+    let goes_on = format!("process {} goes on draining without this command", client.pid());
+    let result = client.stop(arguments.drain_timeout, |answer| {
+        if matches!(answer, Answer::Accepted(_)) {
+            interrupt::explain(&goes_on);
+        }
+        output.answer("stopping", answer);
+    })?;
     Ok(output.result(&result))
 }

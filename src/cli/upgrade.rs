@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf, absolute};
 use std::time::Duration;
 
 use clap::Args;
-use handover::control::{Client, UpgradeRequest};
+use handover::control::{Answer, Client, UpgradeRequest};
 
 use super::exit::{Exit, Failure};
 use super::output::Output;
-use super::{Wait, Which, duration, milliseconds};
+use super::{Wait, Which, duration, interrupt, milliseconds};
 
 /// Replace a running process by its new build
 ///
@@ -62,7 +62,15 @@ pub(super) fn run(arguments: Arguments, output: &mut Output) -> Result<Exit, Fai
     let target = arguments.which.named_target()?;
     let request = request(arguments)?;
     let client = Client::connect(&target)?;
-    let result = client.upgrade(&request, |answer| output.answer("upgrading", answer))?;
+    let pid = client.pid();
+    let goes_on =
+        format!("the upgrade goes on without this command; `handover status --pid {pid}` tells what came of it");
+    let result = client.upgrade(&request, |answer| {
+        if matches!(answer, Answer::Accepted(_)) {
+            interrupt::explain(&goes_on);
+        }
+        output.answer("upgrading", answer);
+    })?;
     Ok(output.result(&result))
 }
 

@@ -87,6 +87,7 @@ impl Client {
             let error = Error::new(ErrorKind::NotRunning, format!("ask {target}"), cause);
             return Err(error.mend("the pid was reused, or somebody took its place; nothing was asked"));
         }
+        log::debug!("process {pid} answers at {}", path.display());
         let process = sys::pidfd_of_peer(stream.as_fd(), pid).ok();
         Ok(Self { stream: BufReader::new(stream), target: target.clone(), pid, process, patience: SILENCE_MAX })
     }

@@ -27,6 +27,8 @@ mod binary;
 mod previous;
 mod the_command;
 mod check;
+mod install;
+mod terminal;
 mod listeners;
 mod datagrams;
 mod drain;

@@ -1,0 +1,59 @@
+//! Where stderr is the journal its lines say how grave they are: `<3>` to `<7>` at their start, `sd-daemon(3)`.
+
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+
+use env_logger::Env;
+use env_logger::fmt::Formatter;
+use log::{Level, Record};
+use nix::sys::stat::fstat;
+
+/// What this command and the library log goes to stderr: warnings, or what RUST_LOG says.
+pub(crate) fn log_to_stderr() {
+    let mut logger = env_logger::Builder::from_env(Env::default().default_filter_or("warn"));
+    if stderr_is_journal() {
+        logger.format(write_with_priority);
+    }
+    logger.init();
+}
+
+/// The start of a message that is printed to stderr and is no log line.
+pub(super) fn error_prefix() -> &'static str {
+    if stderr_is_journal() { "<3>" } else { "" }
+}
+
+/// JOURNAL_STREAM is device and inode of the stream that the journal reads, and is inherited by those whose stderr is
+/// something else.
+fn stderr_is_journal() -> bool {
+    let named = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+    let stderr = fstat(io::stderr().as_fd());
+    stderr.is_ok_and(|stream| named == format!("{}:{}", stream.st_dev, stream.st_ino))
+}
+
+/// The journal keeps the time itself.
+fn write_with_priority(out: &mut Formatter, record: &Record<'_>) -> io::Result<()> {
+    let priority = priority(record.level());
+    for line in record.args().to_string().lines() {
+        writeln!(out, "<{priority}>{}: {line}", record.target())?;
+    }
+    Ok(())
+}
+
+fn priority(level: Level) -> u8 {
+    match level {
+        Level::Error => 3,
+        Level::Warn => 4,
+        Level::Info => 6,
+        Level::Debug | Level::Trace => 7,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn priorities_are_those_of_syslog() {
+        assert_eq!([Level::Error, Level::Warn, Level::Info, Level::Debug].map(priority), [3, 4, 6, 7]);
+    }
+}
