@@ -45,8 +45,8 @@ elif [[ ${1:-} == --mount ]]; then
     mount -t tmpfs -o mode=1777 tmpfs /dev/shm
     mount -t tmpfs -o mode=1777 tmpfs /tmp
     mount -t tmpfs -o mode=755 tmpfs /var
-    mkdir -p -m 1777 /var/tmp
-    mkdir -p /var/{lib,cache,log}
+    mkdir /var/{tmp,lib,cache,log}
+    chmod 1777 /var/tmp
     mount -t cgroup2 cgroup2 /sys/fs/cgroup
     # The manager finds these units and no others: nothing of the machine is started in here.
     for unit in systemd-journald.service systemd-journald.socket systemd-journald-dev-log.socket; do
@@ -66,7 +66,7 @@ UNIT
         >/run/systemd/journald.conf.d/lab.conf
     cd /
     exec env -i container=handover-lab PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-        SYSTEMD_UNIT_PATH="$lab/units" "$systemd" --system --unit=mini.target --log-target=console --log-level=notice \
+        SYSTEMD_UNIT_PATH="$lab/units" "$systemd" --system --unit=mini.target --log-target=journal --log-level=info \
         --show-status=no --default-standard-output=journal
 fi
 

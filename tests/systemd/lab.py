@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 import unittest
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 LAB = os.environ["HANDOVER_LAB"]
 BIN = os.path.join(LAB, "bin")
@@ -57,6 +57,15 @@ def lives(pid: int) -> bool:
         with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+def states(pid: int) -> Set[str]:
+    """Of its threads."""
+    found = set()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/stat", encoding="ascii") as stat:
+            found.add(stat.read().rpartition(")")[2].split()[0])
+    return found
 
 
 def get(path: str = "/", port: int = PORT, seconds: float = PATIENCE_SECONDS) -> str:
@@ -255,6 +264,11 @@ class ServiceCase(unittest.TestCase):
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
         os.kill(pid, number)
+
+    def freeze(self, pid: int) -> None:
+        """Returns when no thread of it runs any more."""
+        os.kill(pid, signal.SIGSTOP)
+        wait_for("it is stopped", lambda: states(pid) == {"T"})
 
 
 def queue_of(port: int = PORT, count: int = 1) -> List[socket.socket]:
