@@ -290,6 +290,8 @@ mod tests {
             draining: vec![],
             ready_timeout_ms: 1,
             trial_ms: 1,
+            build: None,
+            program: None,
         }
     }
 

@@ -1,5 +1,6 @@
 //! What can be asked on the command line. Parsing only validates; one file a verb does it.
 
+mod check;
 mod exit;
 mod output;
 mod ps;
@@ -38,6 +39,7 @@ enum Verb {
     Status(status::Arguments),
     Ps(ps::Arguments),
     Stop(stop::Arguments),
+    Check(check::Arguments),
 }
 
 /// Which process is asked.
@@ -133,6 +135,10 @@ pub(crate) fn run(arguments: Arguments) -> Exit {
         Verb::Stop(arguments) => {
             let mut output = Output::new(arguments.json);
             (stop::run(&arguments, &mut output), output)
+        }
+        Verb::Check(arguments) => {
+            let mut output = Output::new(arguments.json);
+            (check::run(&arguments, &mut output), output)
         }
     };
     match result {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::control::Target;
+use crate::control::{Limits, Target};
 use crate::listeners::Unclaimed;
 
 /// How a process takes part in upgrades. The defaults suit most servers.
@@ -75,6 +75,16 @@ impl Default for Config {
 }
 
 impl Config {
+    pub(crate) fn limits(&self) -> Limits {
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Limits {
+            ready_timeout_ms: milliseconds(self.ready_timeout),
+            trial_ms: milliseconds(self.trial),
+            drain_timeout_ms: milliseconds(self.drain_timeout),
+            max_draining: self.max_draining,
+        }
+    }
+
     /// How long a new process may be silent before it is ready: 30 s by default. Each
     /// [`still_starting`](crate::Handover::still_starting) starts it anew. After it the new process is killed.
     pub fn ready_timeout(mut self, timeout: Duration) -> Self {

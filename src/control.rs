@@ -12,8 +12,8 @@ pub(crate) mod server;
 pub use client::{Answer, Client};
 pub use find::{Service, Target, services};
 pub use messages::{
-    AcceptedEvent, BuildIdentity, ConnectionCounts, LastUpgrade, ListenerStatus, Outcome, ResultEvent, StageEvent,
-    StageName, State, Status, UpgradeRequest, Wait,
+    AcceptedEvent, BuildIdentity, ConnectionCounts, LastUpgrade, Limits, ListenerStatus, Outcome, ResultEvent,
+    StageEvent, StageName, State, Status, UpgradeRequest, Wait,
 };
 
 /// The longest request line.

@@ -212,7 +212,7 @@ impl Engine {
         let reported = self.reports.iter().filter_map(|report| report.process.as_ref());
         all.extend(others.chain(reported).map(|process| (Source::Other, poll_fd(process, PollFlags::POLLIN))));
         if let Some(server) = &self.server {
-            all.push((Source::Listener, server.listener_poll()));
+            all.extend(server.listener_poll().map(|fd| (Source::Listener, fd)));
             all.extend(server.client_polls().map(|(id, fd)| (Source::Client(id), fd)));
         }
         all.into_iter().unzip()

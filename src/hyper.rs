@@ -88,6 +88,26 @@ impl sealed::Sealed for UnixListener {
     }
 }
 
+/// A hyper service that can be served here: every one whose futures and bodies can be sent between threads.
+pub trait HttpService:
+    Service<Request<Incoming>, Response = Response<Self::ResponseBody>, Error: Into<BoxError>, Future: Send + 'static>
+    + Send
+    + 'static
+{
+    /// The body of its responses.
+    type ResponseBody: Body<Data: Send, Error: Into<BoxError>> + Send + 'static;
+}
+
+impl<S, B> HttpService for S
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error: Into<BoxError>, Future: Send + 'static>
+        + Send
+        + 'static,
+    B: Body<Data: Send, Error: Into<BoxError>> + Send + 'static,
+{
+    type ResponseBody = B;
+}
+
 /// Serves HTTP/1 and HTTP/2 (with prior knowledge) until this process is drained: a task for each connection.
 ///
 /// ```no_run
@@ -105,29 +125,19 @@ impl sealed::Sealed for UnixListener {
 /// # Ok(())
 /// # }
 /// ```
-pub async fn serve<S, B>(listener: impl Into<TcpListener>, service: S) -> Drained
+pub async fn serve<S>(listener: impl Into<TcpListener>, service: S) -> Drained
 where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
-    S::Future: Send + 'static,
-    S::Error: Into<BoxError>,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
+    S: HttpService + Clone,
 {
     serve_each(listener.into(), move |_| service.clone()).await
 }
 
 /// Like [`serve`], with a service of its own for each connection, made for the peer's address.
-pub async fn serve_each<L, M, S, B>(mut listener: L, mut make_service: M) -> Drained
+pub async fn serve_each<L, M, S>(mut listener: L, mut make_service: M) -> Drained
 where
     L: Listener,
     M: FnMut(L::Peer) -> S + Send,
-    S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
-    S::Future: Send + 'static,
-    S::Error: Into<BoxError>,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
+    S: HttpService,
 {
     let shared = listener.shared_state().0;
     loop {
@@ -158,7 +168,7 @@ where
 /// # Errors
 ///
 /// Those of hyper and of the service.
-pub async fn serve_connection<I, S, B>(
+pub async fn serve_connection<I, S>(
     handover: &Handover,
     io: I,
     service: S,
@@ -166,17 +176,12 @@ pub async fn serve_connection<I, S, B>(
 ) -> Result<(), BoxError>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
-    S::Future: Send + 'static,
-    S::Error: Into<BoxError>,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
+    S: HttpService,
 {
     drive(handover.shared.clone(), io, service, builder).await
 }
 
-async fn drive<I, S, B>(
+async fn drive<I, S>(
     shared: Arc<Shared>,
     io: I,
     service: S,
@@ -184,12 +189,7 @@ async fn drive<I, S, B>(
 ) -> Result<(), BoxError>
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
-    S::Future: Send + 'static,
-    S::Error: Into<BoxError>,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
+    S: HttpService,
 {
     let speaks_http2 = Arc::new(AtomicBool::new(false));
     let service = LastResponses { service, shared: shared.clone(), speaks_http2: speaks_http2.clone() };

@@ -102,3 +102,4 @@ pub use net::{TcpListener, UdpSocket, UnixDatagram, UnixListener};
 pub use protocol::{Claims, DrainingGeneration, Kind};
 pub use shared::Drained;
 pub use state::HandedState;
+pub use upgrade::preflight::check as check_program;

@@ -1,6 +1,12 @@
 //! Frames: encode, decode, limits. No I/O; `docs/protocol.md` is the specification.
 
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
 use serde::{Deserialize, Serialize};
+
+use crate::shared::unix_ms;
 
 /// The kernel's `SCM_MAX_FD`.
 pub(crate) const FDS_PER_MESSAGE: usize = 253;
@@ -65,6 +71,41 @@ impl std::fmt::Display for Kind {
     }
 }
 
+/// Which build a process runs: the file as it was at the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct BuildIdentity {
+    /// Where the file was.
+    #[serde(serialize_with = "lossy")]
+    pub path: PathBuf,
+    /// `st_dev`.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+    /// In bytes; 0 if it is not known.
+    #[serde(default)]
+    pub size: u64,
+    /// When it was last written, in milliseconds since 1970; 0 if it is not known.
+    #[serde(default)]
+    pub modified_unix_ms: u64,
+}
+
+impl BuildIdentity {
+    /// Whether a file is this one. Its size and time are looked at too, because an inode number that is free is given to
+    /// the next file.
+    pub(crate) fn is(&self, file: &Metadata) -> bool {
+        let known = |own: u64, other: u64| own == 0 || own == other;
+        (self.device, self.inode) == (file.dev(), file.ino())
+            && known(self.size, file.len())
+            && known(self.modified_unix_ms, file.modified().map(unix_ms).unwrap_or_default())
+    }
+}
+
+/// JSON is Unicode, paths are not; for people that is near enough.
+pub(crate) fn lossy<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
 /// Device and inode of a path that a generation of this service made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PathIdentity {
@@ -118,6 +159,12 @@ pub(crate) struct Offer {
     pub(crate) ready_timeout_ms: u64,
     #[serde(default)]
     pub(crate) trial_ms: u64,
+    /// What the old process runs: what `previous` means to the new one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) build: Option<BuildIdentity>,
+    /// The program that upgrades of the new process start, where that is not the one that it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) program: Option<PathBuf>,
 }
 
 impl Offer {

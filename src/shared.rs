@@ -33,6 +33,8 @@ pub(crate) struct Shared {
     pub(crate) started: Started,
     pub(crate) since: SystemTime,
     executable: PathBuf,
+    /// The build that served before.
+    pub(crate) previous: Option<BuildIdentity>,
     pub(crate) gate: Gate,
     pub(crate) connections: Arc<Connections>,
     pub(crate) phase: Arc<Watch<Phase>>,
@@ -102,7 +104,7 @@ impl Phase {
 impl Shared {
     pub(crate) fn new(
         config: Config,
-        started: Started,
+        mut started: Started,
         handed: Option<&mut HandedParts>,
         activated: Vec<Inherited>,
     ) -> Result<Self, Error> {
@@ -116,12 +118,16 @@ impl Shared {
             }
         };
         let mut generation = 1;
-        let (mut inherited, mut state) = (activated, None);
+        let (mut inherited, mut state, mut previous) = (activated, None, None);
         if let Some(parts) = handed {
             generation = parts.generation;
             // First what is handed over: it is what clients know.
             inherited.splice(0..0, std::mem::take(&mut parts.inherited));
             state = parts.state.take();
+            previous = parts.build.take();
+            if let Some(program) = parts.program.take() {
+                started.program = program;
+            }
         }
         let ownership = Ownership::Pending;
         Ok(Self {
@@ -130,6 +136,7 @@ impl Shared {
             started,
             since: SystemTime::now(),
             executable: std::env::current_exe().unwrap_or_default(),
+            previous,
             gate: Gate::new(wake_on(&wake)).map_err(failed)?,
             connections: Arc::new(Connections::new(wake_on(&wake))),
             phase: Arc::new(Watch::new(Phase { ownership, draining: None, drained: None })),

@@ -172,9 +172,7 @@ impl<'a> Server<'a> {
     /// Milliseconds from the trigger until the new build accepts.
     pub fn upgrade(&mut self) -> Result<f64> {
         self.settle()?;
-        let mut request = UpgradeRequest::default();
-        request.wait = Some(Wait::Ready);
-        request.trial_ms = Some(20);
+        let request = UpgradeRequest { wait: Some(Wait::Ready), trial_ms: Some(20), ..UpgradeRequest::default() };
         let begun = now_ms()?;
         Client::connect(&self.scratch.target(self.now.pid))?.upgrade(&request, |_| {})?;
         self.now = next(&mut self.lines)?;

@@ -38,7 +38,7 @@ pub(super) fn run(arguments: &Arguments, output: &mut Output) -> Result<Exit, Fa
 }
 
 /// Looking does no harm, so the process need not be named where only one can be meant.
-fn the_only_one() -> Result<Target, Failure> {
+pub(super) fn the_only_one() -> Result<Target, Failure> {
     match services().as_slice() {
         [] => Err(Failure::new(Exit::NotRunning, "no handover process runs here that this user can see")),
         [only] => Ok(Target::Pid(only.pid)),
@@ -66,6 +66,10 @@ fn render(status: &Status) -> Vec<String> {
         ),
         format!("connections  {} open, {} accepted", status.connections.open, status.connections.accepted),
     ];
+    if let Some(previous) = &status.previous {
+        let written = humantime::format_rfc3339_seconds(at(previous.modified_unix_ms));
+        lines.push(format!("previous     {}, written {written}", previous.path.display()));
+    }
     for older in &status.draining {
         let open = Client::connect(&Target::Pid(older.pid)).and_then(Client::status);
         let open = open.map(|status| format!(", {} connections open", status.connections.open)).unwrap_or_default();

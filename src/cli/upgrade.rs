@@ -21,6 +21,7 @@ use super::{Wait, Which, duration, milliseconds};
     handover upgrade --pid 4711\n  \
     handover upgrade --pid-file /run/app.pid --wait drained\n  \
     handover upgrade --pid 4711 --exe /srv/app/releases/42/server -- --listen 0.0.0.0:8080\n  \
+    handover upgrade --pid 4711 --previous             back to the build before\n  \
     handover upgrade --pid 4711 --json | jq -r 'select(.event == \"result\").message'")]
 pub(crate) struct Arguments {
     #[command(flatten)]
@@ -28,6 +29,9 @@ pub(crate) struct Arguments {
     /// Start this program instead of the path that the process was started with
     #[arg(long, value_name = "PATH")]
     exe: Option<PathBuf>,
+    /// Start the build that served before the running one, if it is still where it was
+    #[arg(long, conflicts_with = "exe")]
+    previous: bool,
     /// Give it this variable beside those that the process has (repeatable)
     #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
     env: Vec<(String, String)>,
@@ -65,6 +69,7 @@ pub(super) fn run(arguments: Arguments, output: &mut Output) -> Result<Exit, Fai
 fn request(arguments: Arguments) -> Result<UpgradeRequest, Failure> {
     Ok(UpgradeRequest {
         exe: arguments.exe.as_deref().map(program).transpose()?,
+        previous: arguments.previous,
         args: arguments.args,
         env: arguments.env.into_iter().collect(),
         cwd: arguments.cwd.as_deref().map(seen_from_here).transpose()?,
@@ -82,7 +87,7 @@ fn program(named: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// The process has a working directory of its own.
-fn seen_from_here(path: &Path) -> Result<PathBuf, Failure> {
+pub(super) fn seen_from_here(path: &Path) -> Result<PathBuf, Failure> {
     absolute(path).map_err(|error| {
         let here = env::current_dir().unwrap_or_default();
         Failure::usage(format!("cannot tell where {} is, seen from {}: {error}", path.display(), here.display()))

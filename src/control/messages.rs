@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::{Claims, DrainingGeneration, Kind};
+pub use crate::protocol::BuildIdentity;
+use crate::protocol::{Claims, DrainingGeneration, Kind, lossy};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
@@ -42,6 +43,9 @@ pub struct UpgradeRequest {
     /// The program to start, absolute or relative to the working directory of the running process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exe: Option<PathBuf>,
+    /// Start the build that served before this one, if it is still where it was; not together with `exe`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub previous: bool,
     /// Its arguments, without argv\[0\].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub args: Option<Vec<String>>,
@@ -281,9 +285,16 @@ pub struct Status {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
     /// The program that an upgrade would start.
+    #[serde(serialize_with = "lossy")]
     pub program: PathBuf,
+    /// The working directory in which it would be started.
+    #[serde(default, serialize_with = "lossy", skip_serializing_if = "is_empty")]
+    pub directory: PathBuf,
     /// The build that runs.
     pub build: BuildIdentity,
+    /// The build that served before this one: what `handover upgrade --previous` starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<BuildIdentity>,
     /// In the order of their names.
     pub listeners: Vec<ListenerStatus>,
     /// Accepted connections.
@@ -293,24 +304,29 @@ pub struct Status {
     /// The last upgrade that this process was part of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_upgrade: Option<LastUpgrade>,
+    /// What an upgrade is bounded by, where it does not say otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
     /// The version of this library.
     pub handover: String,
 }
 
-/// Which build a process runs: the file as it was at the start.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What a process is configured with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
-pub struct BuildIdentity {
-    /// Where the file was.
-    pub path: PathBuf,
-    /// `st_dev`.
-    pub device: u64,
-    /// `st_ino`.
-    pub inode: u64,
-    /// In bytes.
-    pub size: u64,
-    /// When it was last written, in milliseconds since 1970.
-    pub modified_unix_ms: u64,
+pub struct Limits {
+    /// How long a new process may be silent before it is ready, in milliseconds.
+    pub ready_timeout_ms: u64,
+    /// How long after commit its death makes the old one accept again, in milliseconds.
+    pub trial_ms: u64,
+    /// How long open connections may take to finish, in milliseconds; 0 for ever.
+    pub drain_timeout_ms: u64,
+    /// How many older generations may drain when an upgrade is asked for.
+    pub max_draining: usize,
+}
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 /// A listener.

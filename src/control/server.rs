@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -21,6 +21,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use super::messages::{Event, Outcome, Request, ResultEvent};
 use super::{ANSWER_BYTES_MAX, REQUEST_BYTES_MAX, directory};
 use crate::error::Error;
+use crate::net::EXHAUSTED_PAUSE;
 
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a client may leave its answers unread.
@@ -35,6 +36,10 @@ pub(crate) struct Server {
     inode: u64,
     clients: BTreeMap<ClientId, Client>,
     next_id: ClientId,
+    /// Given up to let somebody in who asks a process that has no fd left.
+    reserve: Option<OwnedFd>,
+    /// There is none: until then nobody is let in, so as not to spin.
+    paused_until: Option<Instant>,
 }
 
 struct Client {
@@ -73,7 +78,10 @@ impl Server {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let inode = fs::symlink_metadata(&path).map_err(failed)?.ino();
-        Ok(Self { listener, path, inode, clients: BTreeMap::new(), next_id: 0 })
+        let mut server =
+            Self { listener, path, inode, clients: BTreeMap::new(), next_id: 0, reserve: None, paused_until: None };
+        server.keep_reserve();
+        Ok(server)
     }
 
     /// Removes what process `pid` of this service has left behind, if nobody answers there.
@@ -88,8 +96,14 @@ impl Server {
         }
     }
 
-    pub(crate) fn listener_poll(&self) -> PollFd<'_> {
-        PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)
+    pub(crate) fn listener_poll(&self) -> Option<PollFd<'_>> {
+        self.paused_until.is_none().then(|| PollFd::new(self.listener.as_fd(), PollFlags::POLLIN))
+    }
+
+    fn keep_reserve(&mut self) {
+        if self.reserve.is_none() {
+            self.reserve = self.listener.as_fd().try_clone_to_owned().ok();
+        }
     }
 
     pub(crate) fn client_polls(&self) -> impl Iterator<Item = (ClientId, PollFd<'_>)> {
@@ -101,11 +115,13 @@ impl Server {
     }
 
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.clients.values().filter_map(|client| client.deadline).min()
+        self.clients.values().filter_map(|client| client.deadline).chain(self.paused_until).min()
     }
 
     pub(crate) fn drop_late(&mut self, now: Instant) {
         self.clients.retain(|_, client| client.deadline.is_none_or(|deadline| deadline > now));
+        self.paused_until = self.paused_until.filter(|until| *until > now);
+        self.keep_reserve();
     }
 
     /// Takes in who has connected. A stranger is answered and dropped before a byte of his is read.
@@ -115,8 +131,10 @@ impl Server {
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if is_out_of_fds(&error) && self.reserve.take().is_some() => continue,
                 Err(error) => {
                     log::warn!("control socket: {error}");
+                    self.paused_until = Some(Instant::now() + EXHAUSTED_PAUSE);
                     return;
                 }
             };
@@ -289,6 +307,10 @@ fn remove_unless_answered(path: &Path) {
     if probe().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
         let _ = fs::remove_file(path);
     }
+}
+
+fn is_out_of_fds(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 impl AsFd for Server {

@@ -246,12 +246,15 @@ impl Engine {
             state,
             since_unix_ms: unix_ms(shared.since),
             version: shared.config.version.clone(),
-            program: shared.started.program_path(),
+            program: shared.started.program_path(&shared.config),
+            directory: shared.started.directory(&shared.config, None),
             build: shared.build_identity(),
+            previous: shared.previous.clone(),
             listeners: shared.listeners().entries().map(listener_status).collect(),
             connections,
             draining: self.older.iter().map(|(older, _)| older.clone()).collect(),
             last_upgrade: self.last_upgrade.clone(),
+            limits: Some(shared.config.limits()),
             handover: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

@@ -1,5 +1,6 @@
 //! One upgrade as the old process sees it: the new process, the channel to it, who asked, and how it is told.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -53,6 +54,7 @@ pub(super) struct Attempt {
     pub(super) starting: Option<String>,
     /// Listeners on which the new application waits, once it has answered the commit.
     pub(super) accepting: Option<Vec<String>>,
+    pub(super) committed: Option<Instant>,
     /// What went wrong; completes "the new build …".
     pub(super) cause: Option<String>,
 }
@@ -72,6 +74,7 @@ impl Attempt {
             claims: Claims::default(),
             starting: None,
             accepting: None,
+            committed: None,
             cause: None,
         }
     }
@@ -134,11 +137,17 @@ impl Process {
     }
 
     pub(super) fn kill(&self) {
-        // ESRCH: it is gone already.
+        // ESRCH: it is gone already. EPERM: it pulled, as another user.
         let _ = sys::pidfd_send_signal(self.pidfd.as_fd(), Signal::SIGKILL);
     }
 
-    /// Waits until every thread of it is gone; it has been killed, so that is soon.
+    /// Kills it and waits until every thread of it is gone, which is soon. False: it lives.
+    pub(super) fn kill_and_wait(&self, longest: Duration) -> bool {
+        let may = sys::pidfd_send_signal(self.pidfd.as_fd(), Signal::SIGKILL);
+        let denied = may.is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied);
+        self.wait_for_end(if denied { Duration::ZERO } else { longest })
+    }
+
     pub(super) fn wait_for_end(&self, longest: Duration) -> bool {
         let deadline = Some(Instant::now() + longest);
         crate::poll::wait(self.pidfd.as_fd(), PollFlags::POLLIN, deadline).unwrap_or(false)

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::Engine;
 use super::attempt::Attempt;
+use crate::inherit;
 use crate::upgrade::{Origin, Stage};
 
 impl Engine {
@@ -57,7 +58,9 @@ impl Engine {
     }
 
     pub(super) fn tell_manager_of_drain(&self) {
-        if let Some(notifier) = self.notifier.as_ref().filter(|_| !self.drain.upgraded) {
+        // A new build that is refused ends, and the service goes on.
+        let ends = !self.drain.upgraded && self.inherit.stage() != inherit::Stage::Refused;
+        if let Some(notifier) = self.notifier.as_ref().filter(|_| ends) {
             notifier.stopping(&format!("draining {} connections", self.shared.connections.open()));
         }
     }

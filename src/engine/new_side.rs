@@ -72,19 +72,30 @@ impl Engine {
                 Action::SendStopping => self.send_upstream(Message::Stopping),
                 Action::OpenGate => self.open_as_new(),
                 Action::ShutGate => self.shared.gate.shut(),
-                Action::Refuse => {
-                    log::error!("generation {} will not serve: {reason}", self.shared.generation);
-                    if let Some(pid_file) = &self.pid_file {
-                        pid_file.discard();
-                    }
-                    self.shared.listeners().forget_inherited();
-                    self.shared.phase.update(|phase| phase.ownership = Ownership::Refused(reason.clone()));
-                }
+                Action::Refuse => self.refuse(&reason),
                 Action::Own => {
                     log::info!("generation {} owns the listeners", self.shared.generation);
                     self.tell_manager_of_ownership();
                 }
             }
+        }
+    }
+
+    fn refuse(&mut self, reason: &str) {
+        log::error!("generation {} will not serve: {reason}", self.shared.generation);
+        if let Some(pid_file) = &self.pid_file {
+            pid_file.discard();
+        }
+        self.shared.listeners().forget_inherited();
+        // Before the application hears of it and exits. Its threads may hold handles, so that the last one is never
+        // dropped.
+        self.shared.listeners().unlink_paths(false);
+        self.remove_control_socket();
+        let serves = self.shared.phase.read(|phase| phase.ownership == Ownership::Owner);
+        self.shared.phase.update(|phase| phase.ownership = Ownership::Refused(reason.to_owned()));
+        if serves {
+            // In the trial the application no longer waits to be told whether it may serve: it waits for the drain.
+            self.tell_old_side(crate::upgrade::Event::Stop);
         }
     }
 

@@ -1,9 +1,11 @@
 //! The engine's part in being the old process: what the `Upgrade` machine wants done, one leaf each.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +26,14 @@ use crate::upgrade::{Action, Event, Failure, Origin, Progress, Timer};
 
 /// How long the answer to commit may take, where the trial is over sooner.
 const ACCEPTING_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How long a new process may take to die, or to shut its gate where it cannot be killed.
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long after commit a new application may leave clients waiting that it has never waited for, however short the
+/// trial; and how often that is looked at beyond the trial.
+const NOT_ACCEPTING_AFTER: Duration = Duration::from_secs(1);
+const NOT_ACCEPTING_INTERVAL: Duration = Duration::from_millis(10);
 
 impl Engine {
     /// A trigger has come.
@@ -71,6 +81,9 @@ impl Engine {
                 self.take_back_pid_file();
             }
             Action::Commit => {
+                if let Some(attempt) = &mut self.attempt {
+                    attempt.committed = Some(Instant::now());
+                }
                 if let Err(cause) = self.send(Message::Commit) {
                     return Some(self.failed(Failure::ChannelBroken, cause));
                 }
@@ -121,7 +134,8 @@ impl Engine {
     fn spawn(&mut self) -> Result<(), String> {
         let shared = &self.shared;
         let Some(attempt) = &mut self.attempt else { return Err("was never asked for".to_owned()) };
-        let plan = Plan::new(&shared.started, &shared.config, &attempt.request).map_err(|error| error.to_string())?;
+        let plan = Plan::new(&shared.started, &shared.config, &attempt.request, shared.previous.as_ref());
+        let plan = plan.map_err(|error| error.to_string())?;
         let io = |error: io::Error| format!("cannot be spawned: {error}");
         let (ours, theirs) = UnixStream::pair().map_err(io)?;
         let (pipe, stderr) = match shared.config.capture_stderr {
@@ -176,6 +190,8 @@ impl Engine {
             draining: self.older.iter().map(|(older, _)| older.clone()).collect(),
             ready_timeout_ms: milliseconds(attempt.request.ready_timeout().unwrap_or(ready_timeout)),
             trial_ms: milliseconds(attempt.request.trial().unwrap_or(trial)),
+            build: Some(shared.build_identity()).filter(|build| is_unicode(&build.path)),
+            program: Some(shared.started.lasting_program()).filter(|path| attempt.request.previous && is_unicode(path)),
         };
         channel.send(Message::Offer(offer), fds).map_err(|broken| broken.to_string())
     }
@@ -262,8 +278,10 @@ impl Engine {
                 attempt.claims = claims;
                 Event::Ready
             }
-            (_, Message::GaveUp { reason }) => self.failed(Failure::GaveUp, format!("gave up: {reason}")),
-            (_, Message::Stopping) => Event::NewIsStopping,
+            (S::Adopted | S::Trial, Message::GaveUp { reason }) => {
+                self.failed(Failure::GaveUp, format!("gave up: {reason}"))
+            }
+            (S::Trial, Message::Stopping) => Event::NewIsStopping,
             (S::Trial, Message::Accepting { listeners }) => {
                 attempt.accepting = Some(listeners);
                 // Nothing follows from it before the end of the trial.
@@ -276,7 +294,13 @@ impl Engine {
     /// At the end of the trial the new process must have said that it accepts, and no connection may wait where its
     /// application has never waited for any.
     pub(super) fn end_trial(&mut self) {
-        match self.why_it_does_not_serve() {
+        let cause = self.why_it_does_not_serve();
+        let committed = self.attempt.as_ref().and_then(|attempt| attempt.committed);
+        match cause {
+            // On a busy machine clients wait that long for a good build too.
+            Some(_) if committed.is_some_and(|committed| committed.elapsed() < NOT_ACCEPTING_AFTER) => {
+                self.timers.trial = Some(Instant::now() + NOT_ACCEPTING_INTERVAL);
+            }
             Some(cause) => {
                 let event = self.failed(Failure::NotAccepting, cause);
                 self.tell_old_side(event);
@@ -301,9 +325,11 @@ impl Engine {
         }
         let attempt = self.attempt.as_ref()?;
         let accepting = attempt.accepting.as_ref()?;
+        // There may be thousands.
+        let [kept, accepting] = [&attempt.claims.kept, accepting].map(|names| names.iter().collect::<HashSet<_>>());
         let listeners = self.shared.listeners();
         let stuck = listeners.entries().find(|entry| {
-            attempt.claims.kept.contains(&entry.name)
+            kept.contains(&entry.name)
                 && !accepting.contains(&entry.name)
                 && entry.socket.was_waited_on()
                 && has_something_waiting(entry)
@@ -348,15 +374,22 @@ impl Engine {
         }
     }
 
-    /// After commit: it may be accepting, so it must be gone before we accept.
-    fn kill(&mut self, _failure: Failure) {
-        let Some(attempt) = &mut self.attempt else { return };
-        attempt.channel = None;
-        if let Some(process) = &attempt.process {
-            process.kill();
-            if !process.wait_for_end(Duration::from_secs(2)) {
-                log::warn!("the new process does not die; it can accept no more all the same");
+    /// After commit: it may be accepting, so it must be gone before we accept. One that we may not kill, because it
+    /// pulled as another user or from where its pid is not seen, is told, and closes the channel when its gate is shut:
+    /// without a word it would take the end of the channel for our death, and accept for good.
+    fn kill(&mut self, failure: Failure) {
+        let process = self.attempt.as_ref().and_then(|attempt| attempt.process.as_ref());
+        if !process.is_some_and(|process| process.kill_and_wait(KILL_TIMEOUT)) {
+            log::warn!("the new process does not die: it is told that the upgrade is off");
+            let reason = format!("the upgrade is rolled back: the new build {}", self.words_for(failure));
+            let _ = self.send(Message::Aborted { reason });
+            let deadline = Some(Instant::now() + KILL_TIMEOUT);
+            if let Some(channel) = self.attempt.as_ref().and_then(|attempt| attempt.channel.as_ref()) {
+                let _ = crate::poll::wait(channel.as_fd(), PollFlags::empty(), deadline);
             }
+        }
+        if let Some(attempt) = &mut self.attempt {
+            attempt.channel = None;
         }
     }
 
@@ -477,6 +510,11 @@ impl Engine {
             self.answer_if_waiting(Wait::Healthy);
         }
     }
+}
+
+/// JSON can carry no other paths.
+fn is_unicode(path: &Path) -> bool {
+    path.to_str().is_some()
 }
 
 fn has_something_waiting(entry: &Entry) -> bool {

@@ -5,9 +5,12 @@ use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::Pid;
 use socket2::SockRef;
 
 use crate::channel::{Broken, Channel};
@@ -15,13 +18,17 @@ use crate::control::{Client, Target};
 use crate::error::{Error, ErrorKind};
 use crate::listeners::{Inherited, Source, address_of_offered, kind_of};
 use crate::protocol::{
-    AdoptedListener, CHANNEL_VARIABLE, DrainingGeneration, Message, Offer, OfferedListener, STATE_BYTES_MAX, VERSIONS,
+    AdoptedListener, BuildIdentity, CHANNEL_VARIABLE, DrainingGeneration, Message, Offer, OfferedListener,
+    STATE_BYTES_MAX, VERSIONS,
 };
 use crate::state::HandedState;
 use crate::sys;
 
 /// The old process has made the offer before it looks for an answer.
 const OFFER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long an old process whose channel has ended may take until it is gone.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What an old process has handed over, and the channel to it.
 pub(crate) struct Handed {
@@ -36,6 +43,10 @@ pub(crate) struct HandedParts {
     pub(crate) stderr: Option<OwnedFd>,
     /// The old process, and those before it that still drain.
     pub(crate) older: Vec<DrainingGeneration>,
+    /// What the old process runs.
+    pub(crate) build: Option<BuildIdentity>,
+    /// What upgrades start, if it is another program than this one.
+    pub(crate) program: Option<PathBuf>,
 }
 
 /// The handover that this process was spawned for, if it was.
@@ -43,8 +54,14 @@ pub(crate) struct HandedParts {
 /// `None` also when the old process died before it had handed everything over: then this process is a first generation.
 pub(crate) fn from_environment() -> Result<Option<Handed>, Error> {
     let Some(stream) = channel_from_environment() else { return Ok(None) };
+    let old = getsockopt(&stream, PeerCredentials).map_err(io::Error::from);
+    let old = old.and_then(|old| sys::pidfd_of_peer(stream.as_fd(), Pid::from_raw(old.pid())));
     let handed = receive(stream, None, "take the handover of the old process")?;
     if handed.is_none() {
+        // Its end of the channel is closed before its listeners are; until then their addresses cannot be bound.
+        if let Ok(old) = old {
+            let _ = crate::poll::wait(old.as_fd(), PollFlags::POLLIN, Some(Instant::now() + DEATH_TIMEOUT));
+        }
         give_up_dead_stderr();
         log::warn!("the old process died before it had handed over its listeners: starting afresh");
     }
@@ -152,7 +169,8 @@ fn check(offer: Offer, fds: Vec<OwnedFd>, old_pid: Option<i32>) -> Result<Handed
     let stderr = if offer.stderr { fds.next() } else { None };
     let old = DrainingGeneration { pid: old_pid.unwrap_or(offer.pid), generation: offer.generation.saturating_sub(1) };
     let older = std::iter::once(old).chain(offer.draining).collect();
-    Ok(HandedParts { generation: offer.generation, inherited, state, stderr, older })
+    let (generation, build, program) = (offer.generation, offer.build, offer.program);
+    Ok(HandedParts { generation, inherited, state, stderr, older, build, program })
 }
 
 fn adopt(listener: OfferedListener, fd: OwnedFd) -> Result<Inherited, String> {

@@ -30,7 +30,16 @@ fn offer() -> Offer {
         draining: vec![DrainingGeneration { pid: 4001, generation: 1 }],
         ready_timeout_ms: 30_000,
         trial_ms: 1000,
+        build: None,
+        program: None,
     }
+}
+
+/// With what version 1 has got since its first frames were recorded.
+fn offer_with_builds() -> Offer {
+    let path = "/srv/app/releases/41/server".into();
+    let build = BuildIdentity { path, device: 26, inode: 1812, size: 4_194_304, modified_unix_ms: 1_763_900_000_000 };
+    Offer { build: Some(build), program: Some("/srv/app/current/server".into()), ..offer() }
 }
 
 fn every_message() -> Vec<Message> {
@@ -62,25 +71,36 @@ fn decode(bytes: &[u8]) -> Result<Message, Malformed> {
 
 #[test]
 fn every_message_survives_the_wire() {
-    for message in every_message() {
+    for message in every_message().into_iter().chain([Message::Offer(offer_with_builds())]) {
         assert_eq!(decode(&message.clone().encode().unwrap()), Ok(message));
     }
 }
 
-/// Frames of released versions must be understood for ever. `HANDOVER_RECORD=1` writes those of the current one.
+/// Frames of released versions must be understood for ever. `HANDOVER_RECORD=1` writes those that are missing.
 #[test]
 fn recorded_frames_decode() {
     let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/frames/1");
-    if std::env::var_os("HANDOVER_RECORD").is_some() {
-        std::fs::create_dir_all(&directory).unwrap();
-        for message in every_message() {
-            std::fs::write(directory.join(message.name()), message.encode().unwrap()).unwrap();
+    let recorded = every_message().into_iter().map(|message| (message.name(), message));
+    for (name, message) in recorded.chain([("offer-with-builds", Message::Offer(offer_with_builds()))]) {
+        let path = directory.join(name);
+        if std::env::var_os("HANDOVER_RECORD").is_some() && !path.exists() {
+            std::fs::write(&path, message.clone().encode().unwrap()).unwrap();
         }
+        assert_eq!(decode(&std::fs::read(path).unwrap()), Ok(message));
     }
-    for message in every_message() {
-        let recorded = std::fs::read(directory.join(message.name())).unwrap();
-        assert_eq!(decode(&recorded), Ok(message));
-    }
+}
+
+/// Another language may know no more of a file than where it is.
+#[test]
+fn a_build_is_known_by_device_and_inode_alone() {
+    let file = std::env::current_exe().unwrap().metadata().unwrap();
+    let text = format!(r#"{{"path":"/x","device":{},"inode":{}}}"#, file.dev(), file.ino());
+    let build: BuildIdentity = serde_json::from_str(&text).unwrap();
+    assert!(build.is(&file));
+    // The same number, given to another file.
+    assert!(!BuildIdentity { size: 1, ..build.clone() }.is(&file));
+    assert!(!BuildIdentity { modified_unix_ms: 1, ..build.clone() }.is(&file));
+    assert!(!BuildIdentity { inode: file.ino() + 1, ..build }.is(&file));
 }
 
 #[test]

@@ -5,12 +5,18 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{AccessFlags, eaccess};
 
 use crate::error::{Error, ErrorKind};
 
-/// What can be known without running it: exists, is a file, is executable, is not writable by strangers.
-pub(crate) fn check(program: &Path) -> Result<(), Error> {
+/// What an upgrade looks at before it starts a program: it exists, is a file, is executable for this user, and neither
+/// it nor its directory is writable to all.
+///
+/// # Errors
+///
+/// Why it will not be started, and what to do.
+pub fn check(program: &Path) -> Result<(), Error> {
     let tried = || format!("start the new build `{}`", program.display());
     let refuse = |cause: String, mend: &str| Err(Error::new(ErrorKind::NotUpgraded, tried(), cause).mend(mend));
     let metadata = match fs::metadata(program) {
@@ -27,6 +33,10 @@ pub(crate) fn check(program: &Path) -> Result<(), Error> {
         return refuse("it is no regular file".to_owned(), "name a program");
     }
     if let Err(error) = eaccess(program, AccessFlags::X_OK) {
+        if statvfs(program).is_ok_and(|mount| mount.flags().contains(FsFlags::ST_NOEXEC)) {
+            let cause = "its file system is mounted with noexec".to_owned();
+            return refuse(cause, "install it elsewhere, or `mount -o remount,exec`");
+        }
         return refuse(io::Error::from(error).to_string(), "is it executable? `chmod +x` makes it so");
     }
     if metadata.mode() & 0o002 != 0 {

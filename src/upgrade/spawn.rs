@@ -16,8 +16,8 @@ use nix::unistd::Pid;
 use super::preflight;
 use crate::config::Config;
 use crate::control::UpgradeRequest;
-use crate::error::Error;
-use crate::protocol::{CHANNEL_FD, CHANNEL_VARIABLE};
+use crate::error::{Error, ErrorKind};
+use crate::protocol::{BuildIdentity, CHANNEL_FD, CHANNEL_VARIABLE};
 use crate::sys::{self, SpawnRequest};
 
 /// How this process was started: what an upgrade repeats.
@@ -52,10 +52,22 @@ impl Started {
         Self { program, argv0, arguments, directory, signal_mask: SigSet::thread_get_mask().unwrap_or(SigSet::empty()) }
     }
 
-    /// The program as an absolute path, for people.
-    pub(crate) fn program_path(&self) -> PathBuf {
-        let path = env::var_os("PATH");
-        resolve(&self.program, &self.directory, path.as_deref()).unwrap_or_else(|| self.program.clone())
+    /// What an upgrade starts unless it is told otherwise, as an absolute path, for people.
+    pub(crate) fn program_path(&self, config: &Config) -> PathBuf {
+        let (named, path) = (config.program.as_ref().unwrap_or(&self.program), env::var_os("PATH"));
+        resolve(named, &self.directory, path.as_deref()).unwrap_or_else(|| named.clone())
+    }
+
+    /// The program for a process that runs another one and is to start this one again; it may have another directory.
+    pub(crate) fn lasting_program(&self) -> PathBuf {
+        let is_path = self.program.as_os_str().as_bytes().contains(&b'/');
+        if is_path { self.directory.join(&self.program) } else { self.program.clone() }
+    }
+
+    /// Where it starts it; `asked` goes before the configuration.
+    pub(crate) fn directory(&self, config: &Config, asked: Option<&PathBuf>) -> PathBuf {
+        let named = asked.or(config.directory.as_ref());
+        named.map_or_else(|| self.directory.clone(), |path| self.directory.join(path))
     }
 }
 
@@ -71,11 +83,18 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// The request goes before the configuration, and that before how this process was started.
-    pub(crate) fn new(started: &Started, config: &Config, request: &UpgradeRequest) -> Result<Self, Error> {
-        let directory = request.cwd.as_ref().or(config.directory.as_ref());
-        let directory = directory.map_or_else(|| started.directory.clone(), |path| started.directory.join(path));
+    pub(crate) fn new(
+        started: &Started,
+        config: &Config,
+        request: &UpgradeRequest,
+        previous: Option<&BuildIdentity>,
+    ) -> Result<Self, Error> {
+        let directory = started.directory(config, request.cwd.as_ref());
         let other_program = request.exe.as_ref().or(config.program.as_ref());
-        let named = other_program.unwrap_or(&started.program);
+        let named = match request.previous {
+            true => previous_program(request, previous)?,
+            false => other_program.unwrap_or(&started.program),
+        };
         let mut environment: Vec<(OsString, OsString)> = env::vars_os().filter(|(name, _)| !is_ours(name)).collect();
         let mut set = |name: &OsStr, value: Option<&OsStr>| {
             environment.retain(|(other, _)| other != name);
@@ -119,6 +138,28 @@ impl Plan {
             signal_mask: self.signal_mask,
         };
         sys::spawn(&request).map_err(explain)
+    }
+}
+
+/// Where the build is that served before, if it is still that one.
+fn previous_program<'a>(request: &UpgradeRequest, previous: Option<&'a BuildIdentity>) -> Result<&'a PathBuf, Error> {
+    let refuse = |kind, cause: String| Error::new(kind, "start the build that served before", cause);
+    if request.exe.is_some() {
+        return Err(refuse(ErrorKind::Invalid, "another program is named too".to_owned()));
+    }
+    let Some(build) = previous else {
+        let cause = "this process does not know of any: it is the first generation, or the one before did not say";
+        return Err(refuse(ErrorKind::NotUpgraded, cause.to_owned()).mend("name it with --exe"));
+    };
+    let path = &build.path;
+    let gone = |what: &str| {
+        let cause = format!("it is not at {} any more: {what}", path.display());
+        Err(refuse(ErrorKind::NotUpgraded, cause).mend("install it again and upgrade, or name it with --exe"))
+    };
+    match fs::metadata(path) {
+        Ok(file) if build.is(&file) => Ok(path),
+        Ok(_) => gone("it was replaced"),
+        Err(error) => gone(&error.to_string()),
     }
 }
 
@@ -174,7 +215,7 @@ mod tests {
 
     #[test]
     fn an_upgrade_repeats_the_start() {
-        let plan = Plan::new(&started(), &Config::default(), &UpgradeRequest::default()).unwrap();
+        let plan = Plan::new(&started(), &Config::default(), &UpgradeRequest::default(), None).unwrap();
         assert_eq!((plan.program, plan.argv), ("/bin/sh".into(), vec!["sh".into(), "-c".into(), "true".into()]));
         assert_eq!(plan.directory, Path::new("/usr"));
     }
@@ -188,11 +229,34 @@ mod tests {
             env: [("A".to_owned(), "2".to_owned())].into(),
             ..UpgradeRequest::default()
         };
-        let plan = Plan::new(&started(), &config, &request).unwrap();
+        let plan = Plan::new(&started(), &config, &request, None).unwrap();
         assert_eq!((plan.program, plan.argv), ("/bin/true".into(), vec!["/bin/true".into(), "a".into()]));
         let value =
             |name: &str| plan.environment.iter().find(|(other, _)| other == name).map(|(_, value)| value.clone());
         assert_eq!((value("A"), value("B")), (Some("2".into()), Some("1".into())));
+    }
+
+    #[test]
+    fn the_previous_build_is_started_by_the_name_of_this_one_if_it_is_still_there() {
+        let file = fs::metadata("/bin/true").unwrap();
+        let build = |inode| {
+            let text = format!(r#"{{"path":"/bin/true","device":{},"inode":{inode}}}"#, file.dev());
+            serde_json::from_str::<BuildIdentity>(&text).unwrap()
+        };
+        fn plan(request: &UpgradeRequest, previous: Option<&BuildIdentity>) -> Result<Plan, Error> {
+            Plan::new(&started(), &Config::default(), request, previous)
+        }
+        let request = UpgradeRequest { previous: true, ..UpgradeRequest::default() };
+        let good = plan(&request, Some(&build(file.ino()))).unwrap();
+        assert_eq!((good.program, good.argv), ("/bin/true".into(), vec!["sh".into(), "-c".into(), "true".into()]));
+        let refused = |request: &UpgradeRequest, previous: Option<&BuildIdentity>| {
+            plan(request, previous).unwrap_err().to_string()
+        };
+        let replaced = refused(&request, Some(&build(file.ino() + 1)));
+        assert!(replaced.contains("it is not at /bin/true any more: it was replaced (install it again"), "{replaced}");
+        assert!(refused(&request, None).contains("it is the first generation"));
+        let both = UpgradeRequest { exe: Some("/bin/sh".into()), ..request };
+        assert!(refused(&both, Some(&build(file.ino()))).contains("another program is named too"));
     }
 
     #[test]
@@ -206,6 +270,6 @@ mod tests {
     #[test]
     fn this_process_knows_its_own_program() {
         let started = Started::of_this_process();
-        assert_eq!(fs::canonicalize(started.program_path()).unwrap(), env::current_exe().unwrap());
+        assert_eq!(fs::canonicalize(started.program_path(&Config::default())).unwrap(), env::current_exe().unwrap());
     }
 }

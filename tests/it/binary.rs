@@ -133,12 +133,13 @@ fn with_other_arguments_environment_directory_and_program() {
     assert_eq!(server.generation(), 3);
 }
 
+/// An application that finds out too late that it cannot run: within the trial the old one takes over again.
 #[test]
-fn the_pid_file_cannot_be_written() {
+fn the_application_fails_when_it_serves_already() {
     let server = Server::http();
     let old = server.pid();
     let load = server.load().start();
-    let arguments = ["--trial", "30s", "--", "--tcp", "http=127.0.0.1:0", "--pid-file", "/dev/full"];
+    let arguments = ["--trial", "30s", "--", "--tcp", "http=127.0.0.1:0", "--own-pid-file", "/dev/full"];
     server
         .upgrade(&arguments)
         .exits_with(1)

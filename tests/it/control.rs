@@ -229,7 +229,7 @@ fn a_stale_control_socket_answers_nobody() {
 fn while_the_first_drains_the_second_upgrade_works() {
     let server = Server::http();
     let first = server.pid();
-    let slow = ask(server.address(), "/slow/2");
+    let slow = ask(server.address(), "/slow/5");
     eventually("a request in flight", || (server.status(first).connections.open == 1).then_some(()));
     server.upgrade(&["--trial", "50ms"]).exits_with(0);
     server.upgrade(&["--trial", "50ms"]).exits_with(0);

@@ -78,18 +78,18 @@ fn what_is_queued_while_nobody_receives_is_the_new_ones() {
 fn none_is_lost_or_received_twice_over_upgrades() {
     let server = Server::start(&["--udp", "dns=127.0.0.1:0"]);
     let client = Client::to(&server.address_of("dns"));
-    let mut numbers = Vec::new();
-    let mut sent = 0;
+    let (mut numbers, mut sent) = (Vec::new(), 0);
     for generation in 2..=4 {
         let mut upgrade = server.begin_upgrade(&["--trial", "50ms"]);
-        let mut last = 0;
-        while last < generation || !upgrade.has_ended() {
+        loop {
+            let over = upgrade.has_ended();
             (0..WINDOW).for_each(|number| client.send(sent + number));
             sent += WINDOW;
-            for _ in 0..WINDOW {
-                let (answer, number) = client.receive();
-                numbers.push(number);
-                last = answer.generation;
+            let received: Vec<(Answer, u64)> = (0..WINDOW).map(|_| client.receive()).collect();
+            numbers.extend(received.iter().map(|(_, number)| *number));
+            if over {
+                assert!(received.iter().all(|(answer, _)| answer.generation == generation), "{received:?}");
+                break;
             }
         }
         upgrade.finish().exits_with(0);
@@ -114,20 +114,20 @@ fn the_same_for_unix_datagrams() {
     };
     // The queue of a Unix datagram socket holds no more than this (net.unix.max_dgram_qlen).
     let window = 8;
-    let mut numbers = Vec::new();
-    let mut sent = 0;
+    let (mut numbers, mut sent) = (Vec::new(), 0);
     for generation in 2..=4 {
         let mut upgrade = server.begin_upgrade(&["--trial", "50ms"]);
-        let mut last = 0;
-        while last < generation || !upgrade.has_ended() {
+        loop {
+            let over = upgrade.has_ended();
             for number in sent..sent + window {
                 client.send(number.to_string().as_bytes()).unwrap();
             }
             sent += window;
-            for _ in 0..window {
-                let (answer, number) = receive();
-                numbers.push(number);
-                last = answer.generation;
+            let received: Vec<(Answer, u64)> = (0..window).map(|_| receive()).collect();
+            numbers.extend(received.iter().map(|(_, number)| *number));
+            if over {
+                assert!(received.iter().all(|(answer, _)| answer.generation == generation), "{received:?}");
+                break;
             }
         }
         upgrade.finish().exits_with(0);

@@ -8,7 +8,7 @@ use crate::wait::{LONG, eventually};
 fn a_slow_request_in_flight_is_answered_by_the_old_one() {
     let server = Server::http();
     let old = server.pid();
-    let slow: Vec<_> = (0..3).map(|_| ask(server.address(), "/slow/3")).collect();
+    let slow: Vec<_> = (0..3).map(|_| ask(server.address(), "/slow/5")).collect();
     let stream = ask(server.address(), "/stream");
     eventually("requests in flight", || (server.status(old).connections.open == 4).then_some(()));
     server.upgrade(&[]).exits_with(0);

@@ -25,6 +25,20 @@ fn ten_upgrades_lose_nothing() {
     server.assert_only(pid);
 }
 
+/// A trial so short that the new build has hardly been heard of: that is no reason to doubt that it accepts.
+#[test]
+fn a_trial_of_no_time_is_no_trap() {
+    let server = Server::http();
+    let load = server.load().new_connections(6).start();
+    for generation in 2..=11 {
+        load.wait_for_more(20, LONG).unwrap();
+        server.upgrade(&["--trial", "0s"]).exits_with(0);
+        load.wait_for_generation(generation, LONG).unwrap();
+        eventually("room for one more", || (server.serving().draining.len() < 4).then_some(()));
+    }
+    load.stop().assert_lossless();
+}
+
 #[test]
 fn kept_connections_in_a_closed_loop_lose_nothing() {
     let server = Server::http();

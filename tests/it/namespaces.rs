@@ -80,7 +80,11 @@ fn in_another_mount_and_network_namespace() {
 fn in_another_pid_namespace() {
     if is_root_or_skip("a process in another pid namespace") {
         // A shell that stays, for the end of process 1 is the end of all.
-        let keep = format!("mount -t tmpfs none /run; {} --unix http=@it2 --trial 100ms & wait; ", fixture().display());
+        let keep = format!(
+            "mount -t tmpfs none /run; {} --unix http=@it-{} --trial 100ms & wait; ",
+            fixture().display(),
+            std::process::id()
+        );
         let unshare = ["-p", "-f", "-m", "--mount-proc"];
         is_upgraded(&Contained::start(&unshare, &(keep + "sleep 60; ")), true);
     }

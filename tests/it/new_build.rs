@@ -212,8 +212,8 @@ fn cannot_hold_so_many_fds() {
 fn can_take_as_long_as_it_says_that_it_needs() {
     let server = Server::http();
     let load = server.load().start();
-    let run = server.upgrade_with_fault("still-starting=4", &["--ready-timeout", "500ms"]).exits_with(0);
-    assert!(run.stdout.contains("step 1") && run.stdout.contains("step 4"), "{run:?}");
+    let run = server.upgrade_with_fault("still-starting=8", &["--ready-timeout", "1500ms"]).exits_with(0);
+    assert!(run.stdout.contains("step 1") && run.stdout.contains("step 8"), "{run:?}");
     load.wait_for_generation(2, LONG).unwrap();
     load.stop().assert_lossless();
 }

@@ -53,7 +53,7 @@ impl Midway {
 
     /// The new process serves: the clients, on the same socket, with nothing left of the old one; and it is told so.
     #[track_caller]
-    fn is_taken_over(self, clients: Vec<Asked<TcpStream>>) {
+    fn succeeds_it(self, clients: Vec<Asked<TcpStream>>) {
         for client in clients {
             assert_eq!(client.answerer().generation, 2);
         }
@@ -78,7 +78,7 @@ fn killed_before_its_offer_is_read() {
     let clients = midway.clients_in_the_queue();
     midway.server.signal(midway.old, Signal::SIGKILL);
     midway.let_go();
-    midway.is_taken_over(clients);
+    midway.succeeds_it(clients);
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn killed_after_the_new_one_has_adopted() {
     let clients = midway.clients_in_the_queue();
     midway.server.signal(midway.old, Signal::SIGKILL);
     midway.let_go();
-    midway.is_taken_over(clients);
+    midway.succeeds_it(clients);
 }
 
 /// `ready` lies in the channel, and the old process never reads it.
@@ -101,7 +101,7 @@ fn killed_between_ready_and_commit() {
     // When this is answered the word is sent.
     assert_eq!(midway.server.status(midway.new).state, State::Starting);
     midway.server.signal(midway.old, Signal::SIGKILL);
-    midway.is_taken_over(clients);
+    midway.succeeds_it(clients);
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn killed_in_the_drain() {
     let new = server.pid();
     upgrade.finish().exits_with(0).says(&format!("process {old} died while it drained; process {new} has taken over"));
     // What it was answering is lost with it.
-    assert_eq!(slow.try_answer().map_or_else(|_| String::new(), |text| text), "");
+    assert_eq!(slow.try_answer().unwrap_or_default(), "");
     server.assert_only(new);
     assert_eq!(server.answerer().generation, 2);
 }

@@ -57,6 +57,11 @@ impl Server {
         server
     }
 
+    /// A process that was started otherwise.
+    pub(crate) fn adopt(home: Home, first: Child) -> Self {
+        Self { first, home }
+    }
+
     pub(crate) fn first_pid(&self) -> i32 {
         self.first.id().cast_signed()
     }
@@ -197,7 +202,7 @@ impl Server {
             self.home.processes()
         });
         eventually_equal("the control directory", &vec![format!("{pid}.sock")], || self.home.sockets());
-        assert_eq!(children_of(pid), Vec::<String>::new());
+        eventually_equal("its children", &vec![], || children_of(pid));
     }
 
     fn reap_first(&self) {

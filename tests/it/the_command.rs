@@ -22,7 +22,7 @@ fn a_pid_that_is_no_handover_process() {
     for verb in ["upgrade", "status", "stop"] {
         handover(&[verb, "--pid", &pid])
             .exits_with(7)
-            .complains(&format!("cannot find the control socket of process {pid}: it runs (`it-"))
+            .complains(&format!("cannot find the control socket of process {pid}: it runs (`it"))
             .complains("is no handover process")
             .complains("`handover ps` lists those that are");
     }
@@ -132,7 +132,7 @@ fn one_json_object_a_line() {
 fn waiting_until_ready_healthy_or_drained() {
     let server = Server::http();
     let first = server.pid();
-    let slow = ask(server.address(), "/slow/1");
+    let slow = ask(server.address(), "/slow/4");
     eventually("a request in flight", || (server.status(first).connections.open == 1).then_some(()));
     let ready = server.upgrade(&["--wait", "ready", "--trial", "500ms"]).exits_with(0);
     assert!(!ready.stdout.contains("healthy"), "{ready:?}");
@@ -209,7 +209,7 @@ fn ps() {
 fn stop_drains() {
     let server = Server::http();
     let pid = server.pid();
-    let slow = ask(server.address(), "/slow/1");
+    let slow = ask(server.address(), "/slow/4");
     eventually("a request in flight", || (server.status(pid).connections.open == 1).then_some(()));
     let run = handover(&["stop", "--pid", &pid.to_string()]).exits_with(0);
     assert!(run.stdout.contains("draining") && run.stdout.contains("1 connection open"), "{run:?}");

@@ -145,8 +145,10 @@ def fields(required: Dict[str, Check], optional: Optional[Dict[str, Check]] = No
     def check(value: Any) -> bool:
         if not isinstance(value, dict) or not required.keys() <= value.keys():
             return False
-        known = {**(optional or {}), **required}
-        return all(known[key](value[key]) for key in known.keys() & value.keys())
+        if not all(accepts(value[key]) for key, accepts in required.items()):
+            return False
+        # A null where a field may be absent is as good as absent.
+        return all(accepts(value[key]) for key, accepts in (optional or {}).items() if value.get(key) is not None)
 
     return check
 
@@ -159,7 +161,11 @@ OFFERED_LISTENER = fields(
         "address": is_text,
         "cookie": is_natural,
     },
-    {"path": fields({"device": is_natural, "inode": is_natural})},
+    {
+        "path": fields({"device": is_natural, "inode": is_natural}),
+        "backlog": is_natural,
+        "activated": is_flag,
+    },
 )
 OFFER_VERSION_1 = fields(
     {
@@ -167,9 +173,9 @@ OFFER_VERSION_1 = fields(
         "generation": is_natural,
         "pid": is_natural,
         "listeners": list_of(OFFERED_LISTENER),
-        "stderr": is_flag,
     },
     {
+        "stderr": is_flag,
         "state": fields({"version": is_natural, "length": is_natural}),
         "draining": list_of(fields({"pid": is_natural, "generation": is_natural})),
         "ready_timeout_ms": is_natural,
@@ -262,6 +268,9 @@ class Channel:
     def close(self) -> None:
         self._sock.close()
 
+    def pidfd_of_peer(self) -> Optional[int]:
+        return pidfd_of_peer(self._sock)
+
     def send(self, kind: Kind, body: Dict[str, Any], fds: Sequence[int] = (), *, deadline: Deadline) -> None:
         self.send_bytes(encode_frame(kind, body, len(fds)), deadline)
         self.send_fds(fds, deadline)
@@ -350,6 +359,15 @@ def fd_message_fault(payload: bytes, flags: int, received: int, expected: int) -
 
 
 # The inherited channel.
+
+
+def wait_for_death(channel: Channel, seconds: float) -> None:
+    """The peer's end of the channel is closed before its listeners are, whose addresses are wanted."""
+    pidfd = channel.pidfd_of_peer()
+    if pidfd is not None:
+        with contextlib.suppress(DeadlinePassed):
+            wait_readable([pidfd], Deadline(seconds))
+        os.close(pidfd)
 
 
 def inherited_channel(variable: Optional[str]) -> Optional[Channel]:
@@ -443,7 +461,7 @@ def take_offer(frame: Frame) -> Offer:
             listeners=listeners,
             state_version=None if state is None else state["version"],
             state=content,
-            stderr=unowned.pop(0) if frame.body["stderr"] else None,
+            stderr=unowned.pop(0) if frame.body.get("stderr") else None,
         )
     except BaseException:
         close_all(unowned)
@@ -458,7 +476,7 @@ def check_offer_body(body: Dict[str, Any], fd_count: int) -> None:
     names = [listener["name"] for listener in body["listeners"]]
     if len(set(names)) != len(names):
         raise ChannelBroken("two listeners have the same name")
-    described = len(names) + ("state" in body) + body["stderr"]
+    described = len(names) + (body.get("state") is not None) + bool(body.get("stderr"))
     if fd_count != described:
         raise OfferRefused(f"{fd_count} fds came for {described} described")
 
@@ -472,6 +490,7 @@ def take_listener(described: Dict[str, Any], fd: int) -> OfferedListener:
         raise OfferRefused(f"the fd of listener {name} is no socket: {error}") from None
     try:
         check_listener(described, sock)
+        sock.setblocking(False)
     except BaseException:
         sock.close()
         raise
@@ -530,6 +549,15 @@ def control_directory() -> str:
     return f"/tmp/handover-{os.getuid()}"
 
 
+def prepare_control_directory() -> str:
+    directory = control_directory()
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    status = os.lstat(directory)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise ControlFailed(f"{directory} is no directory of this user alone")
+    return directory
+
+
 def find_control_socket(pid: int) -> str:
     """The path of the control socket of a process, as that process sees it."""
     try:
@@ -568,6 +596,14 @@ def listening_paths(table: Iterable[str]) -> Iterator[Tuple[str, int]]:
         columns = line.rstrip("\n").split(None, 7)
         if len(columns) == 8 and columns[0] != "Num" and int(columns[3], 16) & UNIX_LISTENING_FLAG:
             yield columns[7], int(columns[6])
+
+
+def pidfd_of_peer(sock: socket.socket) -> Optional[int]:
+    """Of whoever connected; None when it is gone."""
+    try:
+        return os.pidfd_open(peer_credentials(sock)[0])
+    except OSError:
+        return None
 
 
 def peer_credentials(sock: socket.socket) -> Tuple[int, int, int]:

@@ -23,7 +23,17 @@ from handover_protocol import (
     OfferedListener,
     OfferRefused,
 )
-from serving import GatedServer, Signals, bind_tcp, bind_unix, complain, path_identity, report, unlink_if_still
+from serving import (
+    GatedServer,
+    Signals,
+    bind_tcp,
+    bind_unix,
+    complain,
+    give_up_dead_stderr,
+    path_identity,
+    report,
+    unlink_if_still,
+)
 
 FAULTS = (
     "garbage",
@@ -40,7 +50,11 @@ FAULTS = (
     "hang-before-ready",
     "die-in-trial",
     "never-accept",
+    "no-accepting",
     "gave-up",
+    "gave-up-in-trial",
+    "gave-up-too-early",
+    "stopping-too-early",
     "slow-start",
     "garbage-in-trial",
     "close-channel-in-trial",
@@ -48,6 +62,7 @@ FAULTS = (
 SEND_SECONDS = 5.0
 LINGER_SECONDS = 60.0
 DRAIN_SECONDS = 10.0
+DEATH_SECONDS = 2.0
 
 
 class Aborted(Exception):
@@ -64,8 +79,9 @@ class NewSide:
         self.signals = signals
         self.channel: Optional[Channel] = None
         self.offer: Optional[Offer] = None
+        self.has_adopted = False
         self.added: List[Tuple[str, socket.socket]] = []
-        self.paths: List[Tuple[str, Dict[str, int]]] = []
+        self.bound_paths: List[Tuple[str, Dict[str, int]]] = []
 
     # The way to a running server.
 
@@ -80,14 +96,15 @@ class NewSide:
         try:
             return self.take_over(pulling)
         except (OfferRefused, ChannelBroken) as error:
-            return self.refuse(error)
+            # Once the listeners are adopted it is too late to refuse: closing the channel has to do.
+            return self.fail(f"the channel broke: {error}") if self.has_adopted else self.refuse(error)
         except Aborted as error:
             report("new", "aborted", reason=str(error))
             return self.fail(f"aborted by the old process: {error}")
         except DeadlinePassed:
             return self.fail("the old process was silent for too long")
         except ToldToStop:
-            return 0
+            return self.decline()
 
     def pushed_channel(self) -> Optional[Channel]:
         return protocol.inherited_channel(os.environ.pop("HANDOVER_FD", None))
@@ -103,6 +120,8 @@ class NewSide:
         except ChannelEnded:
             if pulling:
                 return self.fail("the old process ended before its offer was whole")
+            protocol.wait_for_death(self.channel, DEATH_SECONDS)
+            give_up_dead_stderr()
             return self.first_generation("the old process ended before its offer was whole")
         report("new", "offered", generation=self.offer.generation)
         self.misbehave_at("offered")
@@ -133,7 +152,17 @@ class NewSide:
     def fail(self, message: str, code: int = 1) -> int:
         complain(f"new_side: {message}")
         self.drop_channel()
+        for path, identity in self.bound_paths:
+            unlink_if_still(path, identity)
         return code
+
+    def decline(self) -> int:
+        reason = "it was told to stop"
+        try:
+            self.send(Kind.GAVE_UP if self.has_adopted else Kind.REFUSED, {"reason": reason})
+        except (Aborted, DeadlinePassed, ChannelBroken):
+            pass
+        return self.fail(reason)
 
     def refuse(self, error: Exception) -> int:
         body = error.body() if isinstance(error, OfferRefused) else {"reason": str(error)}
@@ -161,6 +190,7 @@ class NewSide:
             listeners[0]["cookie"] += 1
         if self.options.fault == "fewer-listeners":
             listeners.pop()
+        self.has_adopted = True
         self.send(Kind.ADOPTED, {"protocol": self.offer.protocol, "listeners": listeners})
         report("new", "adopted")
 
@@ -182,17 +212,21 @@ class NewSide:
         self.send(
             Kind.READY,
             {
-                "kept": [l.name for l in self.offer.listeners if l.name not in self.options.leave],
+                "kept": [l.name for l in self.offer.listeners if self.keeps(l)],
                 "added": [name for name, _ in self.added],
-                "unclaimed": [l.name for l in self.offer.listeners if l.name in self.options.leave],
+                "unclaimed": [l.name for l in self.offer.listeners if not self.keeps(l)],
             },
         )
         report("new", "ready")
 
+    def keeps(self, listener: OfferedListener) -> bool:
+        """A name that is bound afresh has moved; what was offered under it is not wanted."""
+        return listener.name not in self.options.leave and all(listener.name != name for name, _ in self.added)
+
     def await_commit(self) -> None:
-        deadline = Deadline(self.options.commit_timeout_ms / 1000)
+        # Without a deadline: while the old process lives it decides, and when it dies the channel ends.
         while self.channel is not None:
-            frame = self.next_frame({Kind.COMMIT}, deadline)
+            frame = self.next_frame({Kind.COMMIT}, None)
             if frame is not None:
                 report("new", "committed")
                 return
@@ -200,20 +234,20 @@ class NewSide:
     def serve_as_successor(self) -> int:
         self.put_stderr_in_place()
         server = self.successor_server()
-        if self.options.fault == "never-accept":
+        names = server.names()
+        if self.options.fault in ("never-accept", "no-accepting"):
             names = []
         else:
             server.open_gate()
-            names = server.names()
-        # Set only now: until commit the path belongs to the old process.
-        self.paths += [(l.address, l.path) for l in self.offer.listeners if l.path is not None]
         try:
-            self.send(Kind.ACCEPTING, {"listeners": names})
+            if self.options.fault != "no-accepting":
+                self.send(Kind.ACCEPTING, {"listeners": names})
             report("new", "accepting", listeners=names, generation=self.offer.generation)
             self.misbehave_at("accepting")
             return self.serve_until_told(server)
-        except Aborted:
+        except (Aborted, ChannelBroken, DeadlinePassed):
             server.shut_gate()
+            self.drop_channel()
             server.drain(DRAIN_SECONDS)
             raise
 
@@ -221,13 +255,16 @@ class NewSide:
         if self.offer.stderr is not None:
             os.dup2(self.offer.stderr, 2)
             os.close(self.offer.stderr)
+            self.offer.stderr = None
 
     def successor_server(self) -> GatedServer:
         state = None if self.offer.state is None else (self.offer.state_version, self.offer.state)
         server = GatedServer(self.offer.generation, state)
         for listener in self.offer.listeners:
-            if listener.name in self.options.leave:
+            if not self.keeps(listener):
                 listener.sock.close()
+                if listener.path is not None:
+                    unlink_if_still(listener.address, listener.path)
             elif is_accepted_on(listener):
                 server.add(listener.name, listener.sock)
         for name, sock in self.added:
@@ -244,11 +281,15 @@ class NewSide:
         except ToldToStop:
             self.send(Kind.STOPPING, {})
             report("new", "stopping")
-        server.shut_gate()
+        server.close_listeners()
         server.drain(DRAIN_SECONDS)
-        for path, identity in self.paths:
+        for path, identity in self.bound_paths + self.kept_paths():
             unlink_if_still(path, identity)
         return 0
+
+    def kept_paths(self) -> List[Tuple[str, Dict[str, int]]]:
+        listeners = [] if self.offer is None else self.offer.listeners
+        return [(l.address, l.path) for l in listeners if l.path is not None and self.keeps(l)]
 
     # The channel.
 
@@ -291,6 +332,8 @@ class NewSide:
     def become_orphan(self, why: str) -> None:
         report("new", "orphaned", why=why)
         self.drop_channel()
+        # What fd 2 was until now the old process read.
+        self.put_stderr_in_place()
 
     def drop_channel(self) -> None:
         if self.channel is not None:
@@ -301,7 +344,7 @@ class NewSide:
         if "/" not in address:
             return bind_tcp(address)
         sock = bind_unix(address)
-        self.paths.append((address, path_identity(address)))
+        self.bound_paths.append((address, path_identity(address)))
         return sock
 
     # Misbehaviour.
@@ -335,11 +378,8 @@ class NewSide:
         raise SystemExit(self.fail("the offered versions are too old"))
 
     def give_up(self) -> None:
-        # On stderr first, because the old process may kill this one as soon as it reads the frame.
-        complain("new_side: the database does not answer")
         self.send(Kind.GAVE_UP, {"reason": "the database does not answer"})
-        self.drop_channel()
-        raise SystemExit(1)
+        raise SystemExit(self.fail("the database does not answer"))
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -347,7 +387,8 @@ class NewSide:
 
 def leave_with(code: int) -> Callable[[NewSide], None]:
     def leave(_: NewSide) -> None:
-        raise SystemExit(code)
+        # Not by way of the interpreter, which closes the channel long before the process is gone.
+        os._exit(code)
 
     return leave
 
@@ -363,6 +404,8 @@ MISBEHAVIOUR: Dict[Tuple[str, str], Callable[[NewSide], None]] = {
     ("oversized-length", "offered"): sending(protocol.encode_header(Kind.ADOPTED, protocol.MAX_BODY + 1, 0)),
     ("too-many-fds", "offered"): sending(protocol.encode_header(Kind.ADOPTED, 2, protocol.MAX_FDS + 1) + b"{}"),
     ("unknown-kind", "offered"): sending(protocol.encode_header(77, 2, 0) + b"{}"),
+    ("gave-up-too-early", "offered"): sending(protocol.encode_frame(Kind.GAVE_UP, {"reason": "no"})),
+    ("stopping-too-early", "adopted"): sending(protocol.encode_frame(Kind.STOPPING, {})),
     ("newer-version", "offered"): NewSide.refuse_as_newer,
     ("close-channel", "offered"): NewSide.close_channel_and_linger,
     ("exit-0", "offered"): leave_with(0),
@@ -370,6 +413,7 @@ MISBEHAVIOUR: Dict[Tuple[str, str], Callable[[NewSide], None]] = {
     ("hang-before-adopted", "offered"): NewSide.linger,
     ("hang-before-ready", "adopted"): NewSide.linger,
     ("gave-up", "adopted"): NewSide.give_up,
+    ("gave-up-in-trial", "accepting"): NewSide.give_up,
     ("die-in-trial", "accepting"): NewSide.die,
     ("garbage-in-trial", "accepting"): sending(GARBAGE),
     ("close-channel-in-trial", "accepting"): NewSide.close_channel_and_serve,
@@ -403,7 +447,6 @@ def parse_options() -> argparse.Namespace:
     add("--starting-frames", type=int, default=0, help="how often to send starting before ready")
     add("--starting-interval-ms", type=int, default=100)
     add("--offer-timeout-ms", type=int, default=30_000)
-    add("--commit-timeout-ms", type=int, default=30_000)
     add("--lifetime-s", type=int, default=300, help="end by SIGALRM after this time, against left-overs of tests")
     options = parser.parse_args()
     if options.fault is not None and options.fault not in FAULTS:

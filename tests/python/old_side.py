@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any, Collection, Deque, Dict, List, Optional, Set, Tuple
 
@@ -38,6 +39,9 @@ FAULTS = (
     "die-after-ready",
     "die-in-trial",
     "abort-after-adopted",
+    "abort-in-trial",
+    "garbage-after-adopted",
+    "garbage-in-trial",
     "truncated-fds",
     "wrong-magic",
     "version-99",
@@ -51,7 +55,14 @@ GENERATION = 1
 CHANNEL_FD = 3
 KEPT_STDERR_LINES = 20
 LAST_WORD_SECONDS = 0.5
-EXIT_GRACE_SECONDS = 0.5
+# A process that ends closes its channel a moment earlier; one that declines still has something to say on stderr.
+EXIT_SECONDS_AFTER_CHANNEL = 0.2
+EXIT_SECONDS_AFTER_DECLINING = 0.5
+ACCEPTING_SECONDS = 0.5
+# On a busy machine clients wait that long for a good build too.
+JUDGED_AFTER_SECONDS = 1.0
+JUDGED_EVERY_SECONDS = 0.01
+GARBAGE = b"HTTP/1.1 400 Bad Request\r\n\r\n"
 EXIT_SECONDS = 5.0
 FAULT_EXIT_CODE = 70
 
@@ -66,6 +77,10 @@ class PeerDeclined(Exception):
 
 class ProcessExited(Exception):
     """The new process ended."""
+
+
+class ToldToStop(Exception):
+    """SIGTERM or SIGINT came in the middle of an upgrade."""
 
 
 class Listener:
@@ -104,21 +119,26 @@ class StderrRelay(threading.Thread):
 
 
 class Candidate:
-    """The new process as the old one sees it; of a pulled one only the channel is known."""
+    """The new process as the old one sees it. `pid` is that of a child; one that pulled is only watched."""
 
-    def __init__(self, channel: Channel, pid: Optional[int] = None, relay: Optional[StderrRelay] = None) -> None:
+    def __init__(self, channel: Channel, pidfd: Optional[int], pid: Optional[int] = None,
+                 relay: Optional[StderrRelay] = None) -> None:  # fmt: skip
         self.channel = channel
         self.pid = pid
         self._relay = relay
-        self._pidfd = None if pid is None else os.pidfd_open(pid)
+        self._pidfd = pidfd
 
-    def next_frame(self, expected: Collection[Kind], deadline: Deadline) -> Frame:
-        watched: List[Any] = [self.channel] if self._pidfd is None else [self.channel, self._pidfd]
-        ready = protocol.wait_readable(watched, deadline)
-        # What it sent before its end came first and says why it ended.
-        if self.channel in ready or protocol.is_readable(self.channel):
-            return self.channel.receive(expected, deadline)
-        raise ProcessExited("the new process exited")
+    def next_frame(self, expected: Collection[Kind], deadline: Deadline, signals: Signals) -> Frame:
+        watched: List[Any] = [self.channel, signals] + ([] if self._pidfd is None else [self._pidfd])
+        while True:
+            ready = protocol.wait_readable(watched, deadline)
+            # What it sent before its end came first and says why it ended.
+            if self.channel in ready or protocol.is_readable(self.channel):
+                return self.channel.receive(expected, deadline)
+            if self._pidfd in ready:
+                raise ProcessExited("the new process exited")
+            if {signal.SIGTERM, signal.SIGINT} & signals.take():
+                raise ToldToStop
 
     def kill(self) -> None:
         if self._pidfd is not None:
@@ -134,7 +154,6 @@ class Candidate:
         if self.pid is None:
             return {}
         _, status = os.waitpid(self.pid, 0)
-        os.close(self._pidfd)
         return {"exit": os.waitstatus_to_exitcode(status), "stderr": self._relay.last_lines()}
 
 
@@ -161,7 +180,7 @@ def spawn(program: List[str], inode_error: int) -> Candidate:
         theirs.close()
         os.close(source)
         os.close(stderr_write)
-    return Candidate(Channel(ours), pid, StderrRelay(stderr_read))
+    return Candidate(Channel(ours), os.pidfd_open(pid), pid, StderrRelay(stderr_read))
 
 
 @dataclass
@@ -183,7 +202,9 @@ class Upgrade:
     """One attempt to hand over, from the offer to settled or back."""
 
     def __init__(self, options: argparse.Namespace, server: GatedServer, listeners: List[Listener],
-                 candidate: Candidate) -> None:  # fmt: skip
+                 candidate: Candidate, signals: Signals) -> None:  # fmt: skip
+        self.signals = signals
+        self.told_to_stop = False
         self.options = options
         self.fault = options.fault
         self.server = server
@@ -191,8 +212,8 @@ class Upgrade:
         self.candidate = candidate
         self.committed = False
         self.stopping = False
-        self.waited_on: Set[str] = set()
-        self.unclaimed: Set[str] = set()
+        self.accepting: Optional[Set[str]] = None
+        self.kept: Set[str] = set()
 
     def run(self) -> bool:
         try:
@@ -201,11 +222,14 @@ class Upgrade:
         except DeadlinePassed:
             self.roll_back("the new process was silent for too long")
         except ChannelEnded as error:
-            self.let_it_end()
+            self.candidate.wait_for_exit(EXIT_SECONDS_AFTER_CHANNEL)
             self.roll_back(self.last_word() or f"the channel ended: {error}")
         except PeerDeclined as error:
-            self.let_it_end()
+            self.candidate.wait_for_exit(EXIT_SECONDS_AFTER_DECLINING)
             self.roll_back(str(error))
+        except ToldToStop:
+            self.told_to_stop = True
+            self.roll_back("the old process was told to stop")
         except (UpgradeFailed, ProcessExited, ChannelBroken) as error:
             self.roll_back(str(error))
         return False
@@ -217,12 +241,13 @@ class Upgrade:
         self.await_adopted()
         if self.fault == "abort-after-adopted":
             raise UpgradeFailed("the operator changed their mind")
+        if self.fault == "garbage-after-adopted":
+            self.send_garbage()
         self.await_ready()
         self.die_if("die-after-ready")
         self.commit()
         self.run_trial()
-        if not self.stopping:
-            self.settle()
+        self.settle()
 
     # The steps, in the order of section 4.
 
@@ -294,94 +319,142 @@ class Upgrade:
     def await_adopted(self) -> None:
         # Its limit runs on to ready, because only starting begins it anew.
         self.silence_limit = self.ready_deadline()
-        frame = self.frame_before_commit({Kind.ADOPTED}, self.silence_limit)
+        frame = self.candidate.next_frame({Kind.ADOPTED, Kind.REFUSED}, self.silence_limit, self.signals)
+        if frame.kind is Kind.REFUSED:
+            raise PeerDeclined(f"refused: {frame.body['reason']}")
         check_adopted(frame.body, self.listeners)
         report("old", "adopted")
 
     def await_ready(self) -> None:
         while True:
-            frame = self.frame_before_commit({Kind.STARTING, Kind.GAVE_UP, Kind.READY}, self.silence_limit)
-            if frame.kind is Kind.GAVE_UP:
-                raise PeerDeclined(f"the new process gave up: {frame.body['reason']}")
+            frame = self.frame_after_adopted({Kind.STARTING, Kind.READY}, self.silence_limit)
             if frame.kind is Kind.READY:
                 break
             report("old", "starting", reason=frame.body["reason"])
             self.silence_limit = self.ready_deadline()
         check_ready(frame.body, self.listeners)
-        self.unclaimed = set(frame.body["unclaimed"])
+        self.kept = set(frame.body["kept"])
         report("old", "ready", **frame.body)
 
     def commit(self) -> None:
         self.server.shut_gate()
         self.committed = True
+        self.earliest_judgement = time.monotonic() + JUDGED_AFTER_SECONDS
         self.candidate.channel.send(Kind.COMMIT, {}, deadline=self.ready_deadline())
         report("old", "committed")
 
     def run_trial(self) -> None:
         deadline = Deadline(self.options.trial_ms / 1000)
-        with contextlib.suppress(DeadlinePassed):
-            while True:
-                self.hear_in_trial(deadline)
-                if self.stopping:
-                    return
-                self.die_if("die-in-trial")
-        self.check_queues()
+        try:
+            with contextlib.suppress(DeadlinePassed):
+                while not self.stopping:
+                    self.hear_in_trial(deadline)
+                    self.misbehave_in_trial()
+            if self.stopping:
+                return
+            self.judge()
+        except ToldToStop:
+            # It wants no server any more that would accept again.
+            return
         report("old", "healthy")
 
     def hear_in_trial(self, deadline: Deadline) -> None:
-        frame = self.candidate.next_frame({Kind.ACCEPTING, Kind.STOPPING, Kind.REFUSED}, deadline)
-        if frame.kind is Kind.REFUSED:
-            raise PeerDeclined(f"refused: {frame.body['reason']}")
+        frame = self.frame_after_adopted({Kind.ACCEPTING, Kind.STOPPING}, deadline)
         if frame.kind is Kind.STOPPING:
             # Whoever told the new process to stop wants no server: from here on nothing makes this one accept again.
             self.stopping = True
             report("old", "stopping")
         else:
-            self.waited_on = set(frame.body["listeners"])
-            report("old", "accepting", listeners=sorted(self.waited_on))
+            self.accepting = set(frame.body["listeners"])
+            report("old", "accepting", listeners=sorted(self.accepting))
 
-    def check_queues(self) -> None:
+    def judge(self) -> None:
+        """Whether the new process serves, now that the trial is over."""
+        if self.accepting is None:
+            self.hear_more(ACCEPTING_SECONDS)
+        while not self.stopping:
+            fault = self.why_it_does_not_serve()
+            if fault is None:
+                return
+            if time.monotonic() >= self.earliest_judgement:
+                raise UpgradeFailed(fault)
+            self.hear_more(JUDGED_EVERY_SECONDS)
+
+    def hear_more(self, seconds: float) -> None:
+        with contextlib.suppress(DeadlinePassed):
+            self.hear_in_trial(Deadline(seconds))
+
+    def why_it_does_not_serve(self) -> Optional[str]:
+        if self.accepting is None:
+            return "the new process did not answer the commit"
         for listener in self.listeners:
-            is_served = listener.name in self.waited_on or listener.name in self.unclaimed
-            if listener.kind != "udp" and not is_served and protocol.is_readable(listener.sock):
-                raise UpgradeFailed(f"connections wait on {listener.name}, where the new process never waited")
+            # This process itself never waited on datagram sockets.
+            is_served = listener.kind == "udp" or listener.name in self.accepting
+            if listener.name in self.kept and not is_served and protocol.is_readable(listener.sock):
+                return f"connections wait on {listener.name}, where the new process never waited"
+        return None
+
+    def misbehave_in_trial(self) -> None:
+        self.die_if("die-in-trial")
+        if self.fault == "garbage-in-trial":
+            self.send_garbage()
+        if self.fault == "abort-in-trial":
+            self.candidate.channel.send(Kind.ABORTED, {"reason": "the operator changed their mind"},
+                                        deadline=self.ready_deadline())  # fmt: skip
+            self.watch_it_end()
+
+    def send_garbage(self) -> None:
+        self.candidate.channel.send_bytes(GARBAGE, self.ready_deadline())
+        self.watch_it_end()
+
+    def watch_it_end(self) -> None:
+        """To see what it does by itself."""
+        self.candidate.wait_for_exit(EXIT_SECONDS)
+        raise UpgradeFailed("the operator changed their mind")
 
     def settle(self) -> None:
         with contextlib.suppress(ChannelEnded):
             self.candidate.channel.send(Kind.SETTLED, {}, deadline=self.ready_deadline())
+        self.candidate.channel.close()
         report("old", "settled")
 
     # The way back.
 
-    def let_it_end(self) -> None:
-        """A process that ends closes its channel first; killed then, its exit code and last lines would be lost."""
-        self.candidate.wait_for_exit(EXIT_GRACE_SECONDS)
-
     def roll_back(self, reason: str) -> None:
+        if self.committed:
+            # It may be accepting: it must be dead, whoever started it, before this process accepts again.
+            self.candidate.kill()
+            self.candidate.wait_for_exit(EXIT_SECONDS)
+        else:
+            self.call_off(reason)
+        ending = self.candidate.reap()
+        self.candidate.channel.close()
+        if not self.told_to_stop:
+            self.server.open_gate()
+        report("old", "rolled-back" if self.committed else "failed", reason=reason, **ending)
+
+    def call_off(self, reason: str) -> None:
         with contextlib.suppress(ChannelEnded, DeadlinePassed):
             self.candidate.channel.send(Kind.ABORTED, {"reason": reason}, deadline=Deadline(LAST_WORD_SECONDS))
         if self.fault == "abort-after-adopted":
             # To see what it does by itself about the frame.
             self.candidate.wait_for_exit(EXIT_SECONDS)
-        self.candidate.kill()
-        ending = self.candidate.reap()
-        self.candidate.channel.close()
-        self.server.open_gate()
-        report("old", "rolled-back" if self.committed else "failed", reason=reason, **ending)
+        if self.candidate.pid is not None:
+            self.candidate.kill()
 
     def last_word(self) -> Optional[str]:
         """Why the new process closed the channel, if it said so before and this process was busy sending."""
         with contextlib.suppress(ChannelEnded, ChannelBroken, DeadlinePassed):
             frame = self.candidate.channel.receive({Kind.REFUSED, Kind.GAVE_UP}, Deadline(LAST_WORD_SECONDS))
-            return f"refused: {frame.body['reason']}"
+            return f"{'refused' if frame.kind is Kind.REFUSED else 'gave up'}: {frame.body['reason']}"
         return None
 
     # Small helpers.
 
-    def frame_before_commit(self, expected: Set[Kind], deadline: Deadline) -> Frame:
-        frame = self.candidate.next_frame(expected | {Kind.REFUSED}, deadline)
-        if frame.kind is Kind.REFUSED:
-            raise PeerDeclined(f"refused: {frame.body['reason']}")
+    def frame_after_adopted(self, expected: Set[Kind], deadline: Deadline) -> Frame:
+        frame = self.candidate.next_frame(expected | {Kind.GAVE_UP}, deadline, self.signals)
+        if frame.kind is Kind.GAVE_UP:
+            raise PeerDeclined(f"the new process gave up: {frame.body['reason']}")
         return frame
 
     def ready_deadline(self) -> Deadline:
@@ -409,14 +482,13 @@ class ControlSocket:
     """Answers take-over by handing the connection to the main thread, and status by itself."""
 
     def __init__(self) -> None:
-        directory = protocol.control_directory()
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        self.path = os.path.join(directory, f"{os.getpid()}.sock")
+        self.path = os.path.join(protocol.prepare_control_directory(), f"{os.getpid()}.sock")
         before = os.umask(0o177)
         try:
             self._sock = bind_unix(self.path)
         finally:
             os.umask(before)
+        self._sock.setblocking(True)
         self._busy = threading.Lock()
         self._taken: "queue.Queue[socket.socket]" = queue.Queue()
         self._wake_read, self._wake_write = os.pipe()
@@ -486,6 +558,7 @@ class OldSide:
             if listener.kind in ("tcp", "unix"):
                 self.server.add(listener.name, listener.sock)
         self.control = ControlSocket() if options.control else None
+        self.told_to_stop = False
 
     def run(self) -> int:
         self.server.open_gate()
@@ -494,18 +567,18 @@ class OldSide:
         report("old", "listening", address=first, addresses=addresses, generation=GENERATION)
         try:
             handed_over = self.serve()
+            if not handed_over:
+                self.unlink_paths()
+            return self.drain(handed_over)
         finally:
             if self.control is not None:
                 self.control.remove()
-        if not handed_over:
-            self.unlink_paths()
-        return self.drain()
 
     def serve(self) -> bool:
         """Until another process serves (True) or this one is told to stop (False)."""
         if self.options.now and self.push():
             return True
-        while True:
+        while not self.told_to_stop:
             watched = [self.signals] if self.control is None else [self.signals, self.control]
             ready = protocol.wait_readable(watched, None)
             if self.control is not None and self.control in ready and self.hand_to_puller():
@@ -515,16 +588,25 @@ class OldSide:
                 return True
             if {signal.SIGTERM, signal.SIGINT} & caught:
                 return False
+        return False
 
     def push(self) -> bool:
         if self.control is not None and not self.control.try_begin():
             report("old", "failed", reason="another upgrade is under way")
             return False
-        try:
-            return self.spawn_and_upgrade()
-        finally:
-            if self.control is not None:
-                self.control.end()
+        return self.end_attempt(self.spawn_and_upgrade())
+
+    def upgrade(self, candidate: Candidate) -> bool:
+        attempt = Upgrade(self.options, self.server, self.listeners, candidate, self.signals)
+        handed_over = attempt.run()
+        self.told_to_stop = attempt.told_to_stop
+        return handed_over
+
+    def end_attempt(self, handed_over: bool) -> bool:
+        # Whoever has handed over and drains stays busy.
+        if self.control is not None and not handed_over:
+            self.control.end()
+        return handed_over
 
     def spawn_and_upgrade(self) -> bool:
         try:
@@ -533,7 +615,7 @@ class OldSide:
             report("old", "failed", reason=str(error))
             return False
         report("old", "spawned", child=candidate.pid)
-        return Upgrade(self.options, self.server, self.listeners, candidate).run()
+        return self.upgrade(candidate)
 
     def program(self) -> List[str]:
         address = next((listener.address for listener in self.listeners if listener.kind == "tcp"), "")
@@ -541,18 +623,17 @@ class OldSide:
 
     def hand_to_puller(self) -> bool:
         report("old", "pulled")
-        candidate = Candidate(Channel(self.control.take()))
-        try:
-            return Upgrade(self.options, self.server, self.listeners, candidate).run()
-        finally:
-            self.control.end()
+        connection = self.control.take()
+        return self.end_attempt(self.upgrade(Candidate(Channel(connection), protocol.pidfd_of_peer(connection))))
 
     def unlink_paths(self) -> None:
         for listener in self.listeners:
             if listener.path is not None:
                 unlink_if_still(listener.address, listener.path)
 
-    def drain(self) -> int:
+    def drain(self, handed_over: bool) -> int:
+        if self.control is not None and not handed_over:
+            self.control.try_begin()
         self.server.close_listeners()
         for listener in self.listeners:
             listener.sock.close()

@@ -25,6 +25,16 @@ def report(side: str, stage: str, **details: Any) -> None:
         os.write(1, line.encode("utf-8"))
 
 
+def give_up_dead_stderr() -> None:
+    """A pipe that the old process read: without it nobody does, and every write would fail."""
+    poller = select.poll()
+    poller.register(2, 0)
+    if any(events & select.POLLERR for _, events in poller.poll(0)):
+        null = os.open("/dev/null", os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+
+
 def complain(message: str) -> None:
     # The reader of this process's stderr may be gone, which must not end a server.
     with contextlib.suppress(OSError):
@@ -62,6 +72,12 @@ def bind_tcp(address: str) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((host, port))
+    return listening(sock)
+
+
+def listening(sock: socket.socket) -> socket.socket:
+    # The flag is shared with the other process; without it a lost race for a connection would block in accept.
+    sock.setblocking(False)
     sock.listen(BACKLOG)
     return sock
 
@@ -69,6 +85,7 @@ def bind_tcp(address: str) -> socket.socket:
 def bind_udp(address: str) -> socket.socket:
     host, port = split_address(address)
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setblocking(False)
     sock.bind((host, port))
     return sock
 
@@ -77,8 +94,7 @@ def bind_unix(path: str) -> socket.socket:
     unlink_if_dead(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.bind(path)
-    sock.listen(BACKLOG)
-    return sock
+    return listening(sock)
 
 
 def unlink_if_dead(path: str) -> None:
@@ -137,9 +153,6 @@ class GatedServer:
 
     def open_gate(self) -> None:
         with self._gate:
-            for sock in self._listeners.values():
-                # The flag is shared with the other process; without it a lost race for a connection would block here.
-                sock.setblocking(False)
             self._is_open = True
         self._wake()
 

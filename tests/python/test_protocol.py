@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
-import json
 import os
 import resource
-import select
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
-import time
 import unittest
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, HERE)
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import handover_protocol as protocol  # noqa: E402
 from handover_protocol import (  # noqa: E402
@@ -33,26 +26,32 @@ from handover_protocol import (  # noqa: E402
     DeadlinePassed,
     Kind,
 )
+from harness import (  # noqa: E402
+    LIFETIME_SECONDS,
+    LONG_TRIAL,
+    NEW_SIDE,
+    OLD_SIDE,
+    TRIAL_MS,
+    ProcessCase,
+    Program,
+    adopt_orphans,
+    ask,
+    connect,
+    read_answer,
+    send_request,
+    steady_clients,
+    wait_until,
+)
 
-OLD_SIDE = os.path.join(HERE, "old_side.py")
-NEW_SIDE = os.path.join(HERE, "new_side.py")
-PATIENCE_SECONDS = 15.0
-LIFETIME_SECONDS = "60"
-# Where a deadline is not what is tested it is generous, since other work may slow the machine down.
-READY_TIMEOUT_MS = "15000"
 IMPATIENT = ("--ready-timeout-ms", "1000")
-TRIAL_MS = "250"
-LONG_TRIAL = ("--trial-ms", "10000")
-PR_SET_CHILD_SUBREAPER = 36
 
 
 def setUpModule() -> None:
-    # New processes outlive the old ones that spawned them; they are to come to this process to be reaped.
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans(True)
 
 
 def tearDownModule() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    adopt_orphans(False)
 
 
 # Frames over a socketpair.
@@ -336,6 +335,16 @@ class Offers(unittest.TestCase):
             with self.subTest(why):
                 self.assert_refused(why, self.body(**changes))
 
+    def test_null_is_absent(self) -> None:
+        body = self.body(state=None, draining=None, stderr=None)
+        body["listeners"][0].update(path=None, backlog=None)
+        self.take(body).listeners[0].sock.close()
+
+    def test_listeners_do_not_block(self) -> None:
+        self.sock.setblocking(True)
+        with self.take(self.body()).listeners[0].sock as received:
+            self.assertFalse(os.get_blocking(received.fileno()))
+
     def test_two_listeners_of_one_name(self) -> None:
         body = self.body()
         body["listeners"] *= 2
@@ -389,195 +398,6 @@ class ControlLines(unittest.TestCase):
             "0000000000000000: 00000003 00000000 00000000 0001 03 1813\n",
         ]
         self.assertEqual(list(protocol.listening_paths(table)), [("/run/hand over/7.sock", 1811)])
-
-
-# Whole processes.
-
-
-class StageLog:
-    """The lines of JSON that a process and its children write, waited for with a deadline."""
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
-        self._changed = threading.Condition()
-        self._stages: List[Dict[str, Any]] = []
-        self._ended = False
-        self.pidfds: Dict[int, int] = {}
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        for line in self._pipe:
-            stage = json.loads(line)
-            with self._changed:
-                if stage["stage"] == "spawned":
-                    # Held from the start, so that no later process of the same pid is meant.
-                    self._hold(stage["child"])
-                self._stages.append(stage)
-                self._changed.notify_all()
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    def _hold(self, pid: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.pidfds[pid] = os.pidfd_open(pid)
-
-    def seen(self) -> List[Dict[str, Any]]:
-        with self._changed:
-            return list(self._stages)
-
-    def find(self, side: str, *names: str) -> Optional[Dict[str, Any]]:
-        return next((s for s in self._stages if s["side"] == side and s["stage"] in names), None)
-
-    def wait(self, side: str, *names: str) -> Dict[str, Any]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended or self.find(side, *names), PATIENCE_SECONDS)
-            found = self.find(side, *names)
-            if found is None:
-                raise AssertionError(f"no stage {names} of the {side} side came; there were {self._stages}")
-            return found
-
-    def close(self) -> None:
-        self._thread.join(PATIENCE_SECONDS)
-        self._pipe.close()
-        for pidfd in self.pidfds.values():
-            os.close(pidfd)
-
-
-class Program:
-    def __init__(self, arguments: List[str], environment: Dict[str, str], stderr_path: str) -> None:
-        self.stderr_path = stderr_path
-        with open(stderr_path, "ab") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, *arguments],
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-            )
-        self.log = StageLog(self.process.stdout)
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def exit_code(self) -> int:
-        return self.process.wait(PATIENCE_SECONDS)
-
-    def stderr(self) -> str:
-        with open(self.stderr_path, encoding="utf-8") as file:
-            return file.read()
-
-    def child(self) -> int:
-        return self.log.wait("old", "spawned")["child"]
-
-    def child_has_ended(self) -> bool:
-        return has_ended(self.log.pidfds.get(self.child()), PATIENCE_SECONDS)
-
-    def child_is_running(self) -> bool:
-        return not has_ended(self.log.pidfds.get(self.child()), 0)
-
-    def terminate_child(self) -> None:
-        signal.pidfd_send_signal(self.log.pidfds[self.child()], signal.SIGTERM)
-
-    def clean_up(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pid, pidfd in self.log.pidfds.items():
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            has_ended(pidfd, PATIENCE_SECONDS)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
-        self.log.close()
-
-
-def has_ended(pidfd: Optional[int], seconds: float) -> bool:
-    return pidfd is None or bool(select.select([pidfd], [], [], seconds)[0])
-
-
-def connect(address: str) -> socket.socket:
-    if "/" in address:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(PATIENCE_SECONDS)
-        sock.connect(address)
-        return sock
-    host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), PATIENCE_SECONDS)
-
-
-def send_request(connection: socket.socket, path: str = "/") -> None:
-    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n".encode("ascii"))
-
-
-def read_answer(connection: socket.socket) -> str:
-    data = b""
-    while True:
-        chunk = connection.recv(4096)
-        if not chunk:
-            break
-        data += chunk
-    head, _, body = data.partition(b"\r\n\r\n")
-    if not head.startswith(b"HTTP/1.1 200"):
-        raise AssertionError(f"the answer is {data!r}")
-    return body.decode("utf-8")
-
-
-def ask(address: str, path: str = "/") -> str:
-    with connect(address) as connection:
-        send_request(connection, path)
-        return read_answer(connection)
-
-
-class ProcessCase(unittest.TestCase):
-    def setUp(self) -> None:
-        self.directory = tempfile.mkdtemp(prefix="handover-test-")
-        self.addCleanup(shutil.rmtree, self.directory)
-        self.environment = {"HANDOVER_DIR": os.path.join(self.directory, "control"), "NEW_SIDE_FAULT": ""}
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.directory, name)
-
-    def start(self, *arguments: str) -> Program:
-        name = os.path.basename(arguments[0])
-        program = Program(list(arguments), self.environment, self.path(f"{name}.stderr"))
-        self.addCleanup(program.clean_up)
-        return program
-
-    def start_old(self, *arguments: str, new: Sequence[str] = (), now: bool = True) -> Program:
-        old = self.start(OLD_SIDE, "--listen", "127.0.0.1:0", *(["--now"] if now else []),
-                         "--ready-timeout-ms", READY_TIMEOUT_MS, "--trial-ms", TRIAL_MS,
-                         "--lifetime-s", LIFETIME_SECONDS, *arguments,
-                         "--", sys.executable, NEW_SIDE, "--lifetime-s", LIFETIME_SECONDS, *new)  # fmt: skip
-        self.address = old.log.wait("old", "listening")["address"]
-        return old
-
-    def start_puller(self, *arguments: str) -> Program:
-        return self.start(NEW_SIDE, "--lifetime-s", LIFETIME_SECONDS, *arguments)
-
-    def assert_served_by(self, generation: int, pid: int, address: Optional[str] = None) -> None:
-        self.assertEqual(ask(address or self.address), f"gen={generation} pid={pid}")
-
-    def assert_old_serves(self, old: Program) -> None:
-        self.assert_served_by(1, old.pid)
-        self.assertIsNone(old.process.poll())
-
-    def assert_handed_over(self, old: Program) -> None:
-        last = old.log.wait("old", "drained", "failed", "rolled-back")
-        self.assertEqual(last["stage"], "drained", last)
-        self.assertEqual(old.exit_code(), 0)
-        self.assert_served_by(2, old.child())
-
-    def assert_failed(self, old: Program, why: str, stage: str = "failed") -> Dict[str, Any]:
-        failed = old.log.wait("old", "failed", "rolled-back", "healthy")
-        self.assertEqual(failed["stage"], stage, failed)
-        self.assertRegex(failed["reason"], why)
-        self.assert_old_serves(old)
-        return failed
 
 
 class Push(ProcessCase):
@@ -650,6 +470,16 @@ class Push(ProcessCase):
         ready = old.log.wait("old", "ready")
         self.assertEqual((ready["kept"], ready["added"], ready["unclaimed"]), (["http"], ["more"], ["unix"]))
         self.assert_served_by(2, old.child(), added)
+        self.assertFalse(os.path.exists(self.path("app.sock")))
+
+    def test_a_name_moves_to_another_address(self) -> None:
+        path, moved = self.path("app.sock"), self.path("moved.sock")
+        old = self.start_old("--unix", path, new=["--add", f"unix={moved}"])
+        self.assert_handed_over(old)
+        ready = old.log.wait("old", "ready")
+        self.assertEqual((ready["kept"], ready["added"], ready["unclaimed"]), (["http"], ["unix"], ["unix"]))
+        self.assert_served_by(2, old.child(), moved)
+        self.assertFalse(os.path.exists(path))
 
     def test_starting_keeps_a_slow_new_process_alive(self) -> None:
         # Together the steps take longer than the timeout, each of them less.
@@ -683,6 +513,7 @@ class Push(ProcessCase):
         self.assertEqual(old.exit_code(), 0)
         self.assertTrue(old.child_has_ended())
         self.assertIsNotNone(old.log.find("old", "stopping"))
+        self.assertIsNotNone(old.log.find("old", "settled"))
         with self.assertRaises(ConnectionRefusedError):
             connect(self.address)
 
@@ -734,6 +565,12 @@ class FaultsOfTheNewSide(ProcessCase):
     def test_unknown_kind(self) -> None:
         self.push_fault("unknown-kind", "kind 77")
 
+    def test_gave_up_too_early(self) -> None:
+        self.push_fault("gave-up-too-early", "GAVE_UP is not expected")
+
+    def test_stopping_too_early(self) -> None:
+        self.push_fault("stopping-too-early", "STOPPING is not expected")
+
     def test_wrong_cookie(self) -> None:
         self.push_fault("wrong-cookie", "adopted other listeners")
 
@@ -762,6 +599,13 @@ class FaultsOfTheNewSide(ProcessCase):
     def test_gave_up(self) -> None:
         failed = self.push_fault("gave-up", "gave up: the database does not answer")
         self.assertIn("new_side: the database does not answer", failed["stderr"])
+
+    def test_gave_up_in_trial(self) -> None:
+        failed = self.push_fault("gave-up-in-trial", "gave up: the database does not answer", stage="rolled-back")
+        self.assertEqual(failed["exit"], 1)
+
+    def test_no_answer_to_the_commit(self) -> None:
+        self.push_fault("no-accepting", "did not answer the commit", "--trial-ms", "50", stage="rolled-back")
 
     def test_die_in_trial(self) -> None:
         self.assertEqual(self.push_fault("die-in-trial", "exited|ended", stage="rolled-back")["exit"], -signal.SIGKILL)
@@ -855,6 +699,41 @@ class FaultsOfTheOldSide(ProcessCase):
         self.assertEqual(failed["exit"], 1)
         self.assertIsNotNone(old.log.find("new", "aborted"))
 
+    def test_abort_in_trial(self) -> None:
+        old = self.push_fault("abort-in-trial")
+        self.assertEqual(self.assert_failed(old, "changed their mind", "rolled-back")["exit"], 1)
+        self.assertIsNotNone(old.log.find("new", "aborted"))
+
+    def test_garbage_from_a_living_old_process_is_an_abort(self) -> None:
+        for fault, stage in (("garbage-after-adopted", "failed"), ("garbage-in-trial", "rolled-back")):
+            with self.subTest(fault):
+                old = self.push_fault(fault)
+                self.assertEqual(self.assert_failed(old, "changed their mind", stage)["exit"], 1)
+                self.assertIn("the channel broke: the frame begins with", old.stderr())
+
+    def test_an_aborted_process_unlinks_only_what_it_bound(self) -> None:
+        path, added = self.path("app.sock"), self.path("added.sock")
+        old = self.push_fault("abort-in-trial", "--unix", path, new=["--add", f"more={added}"])
+        self.assert_failed(old, "changed their mind", "rolled-back")
+        self.assert_served_by(1, old.pid, path)
+        self.assertFalse(os.path.exists(added))
+
+    def test_told_to_stop_before_commit(self) -> None:
+        old = self.start_old(new=["--fault", "hang-before-ready"])
+        old.log.wait("new", "adopted")
+        old.signal(signal.SIGTERM)
+        self.assertEqual(old.exit_code(), 0)
+        self.assertEqual(old.log.wait("old", "failed")["reason"], "the old process was told to stop")
+        self.assertTrue(old.child_has_ended())
+
+    def test_told_to_stop_in_the_trial(self) -> None:
+        old = self.start_old(*LONG_TRIAL)
+        old.log.wait("old", "accepting")
+        old.signal(signal.SIGTERM)
+        self.assertEqual(old.exit_code(), 0)
+        old.log.wait("new", "settled")
+        self.assert_served_by(2, old.child())
+
     def test_truncated_fds(self) -> None:
         self.assert_refused("truncated-fds", "refused: 1 fds came instead of 2")
 
@@ -934,8 +813,8 @@ class Pull(ProcessCase):
         self.assertEqual(second.exit_code(), 1)
         self.assertIn("busy: another upgrade", second.stderr())
         first.signal(signal.SIGTERM)
-        self.assertEqual(first.exit_code(), 0)
-        self.assert_failed(old, "the channel ended")
+        self.assertEqual(first.exit_code(), 1)
+        self.assert_failed(old, "gave up: it was told to stop")
 
     def test_unknown_request_and_status(self) -> None:
         old = self.start_pullable()
@@ -966,15 +845,23 @@ class Pull(ProcessCase):
     def test_puller_that_dies_in_the_trial(self) -> None:
         old = self.start_pullable(*LONG_TRIAL)
         self.start_puller("--pull-pid", str(old.pid), "--fault", "die-in-trial")
-        self.assert_failed(old, "the channel ended", "rolled-back")
+        self.assert_failed(old, "exited|the channel ended", "rolled-back")
 
-    def test_puller_that_never_accepts_is_told_that_it_is_off(self) -> None:
-        old = self.start_pullable("--trial-ms", "2000")
-        new = self.start_puller("--pull-pid", str(old.pid), "--fault", "never-accept")
-        new.log.wait("new", "accepting")
-        self.assert_served_by(1, old.pid)
-        self.assertEqual(new.exit_code(), 1)
-        self.assert_failed(old, "connections wait on http", "rolled-back")
+    def test_puller_that_fails_in_the_trial_is_killed(self) -> None:
+        for fault, why in {
+            "never-accept": "connections wait on http",
+            "no-accepting": "did not answer the commit",
+            "garbage-in-trial": "begins with b'HTTP'",
+            "gave-up-in-trial": "gave up",
+        }.items():
+            with self.subTest(fault):
+                old = self.start_pullable("--trial-ms", "500")
+                new = self.start_puller("--pull-pid", str(old.pid), "--fault", fault)
+                new.log.wait("new", "accepting")
+                if fault == "never-accept":
+                    self.assert_served_by(1, old.pid)
+                self.assert_failed(old, why, "rolled-back")
+                self.assertEqual(new.exit_code(), 1 if fault == "gave-up-in-trial" else -signal.SIGKILL)
 
     def test_old_process_that_dies_before_its_offer(self) -> None:
         old = self.start_pullable("--fault", "die-before-offer")
@@ -1006,36 +893,6 @@ class Pull(ProcessCase):
             after_exit = len(answers)
             wait_until(lambda: len(answers) >= after_exit + 20)
         self.assertEqual(set(answers), {f"gen=1 pid={old.pid}", f"gen=2 pid={new.pid}"})
-
-
-@contextlib.contextmanager
-def steady_clients(address: str) -> Iterator[List[str]]:
-    """One client after the other until the block ends; what went wrong is among the answers."""
-    answers: List[str] = []
-    done = threading.Event()
-
-    def run() -> None:
-        while not done.wait(0.002):
-            try:
-                answers.append(ask(address))
-            except (OSError, AssertionError) as error:
-                answers.append(f"failed: {error!r}")
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield answers
-    finally:
-        done.set()
-        thread.join(PATIENCE_SECONDS)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError("the condition did not become true in time")
-        time.sleep(0.005)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Measures, and prints what docs/benchmarks.md shows. Nothing passes or fails on time.
+#
+# Usage: scripts/bench.sh [upgrade] [accept] [http] [peers]
+#
+#   upgrade   from the trigger until the new build accepts, with 1 to 10,000 listeners and up to 8 GiB of memory
+#   accept    what the gate and the counting of connections cost
+#   http      10,000 idle connections, and the latency around an upgrade
+#   peers     the same load on nginx and HAProxy, where they are installed
+#
+# All of them unless some are named: some eight minutes, on a machine that has nothing else to do.
+set -euo pipefail
+source "$(dirname "$0")/lib.sh"
+
+benches=()
+for argument in "$@"; do
+    case $argument in
+        upgrade | accept | http | peers) benches+=("$argument") ;;
+        -h | --help) help ;;
+        *) die "unknown argument \`$argument\` (see --help)" ;;
+    esac
+done
+((${#benches[@]})) || benches=(upgrade accept http peers)
+
+build --quiet
+commit=$(git rev-parse --short HEAD 2>/dev/null || echo 'no repository')
+read -r load _ </proc/loadavg
+printf '%s, %s cores (%s), Linux %s, commit %s, load %s before the start\n\n' \
+    "$(date +%F)" "$(nproc)" "$(sed -n 's/^model name\s*: //p' /proc/cpuinfo | sort -u)" "$(uname -r)" "$commit" "$load"
+for bench in "${benches[@]}"; do
+    cargo bench --quiet --all-features --bench "$bench"
+done

@@ -1,0 +1,406 @@
+//! The systemd unit: would `systemctl reload` upgrade the service, and tell the truth about it?
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use handover::control::Target;
+use nix::sys::signal::Signal;
+
+use super::Findings;
+use super::process::Process;
+use super::systemctl::{self, Properties};
+use super::unit_file::{UnitFile, time_span};
+
+/// What systemd does where the unit says nothing (DefaultTimeoutStartSec).
+const DEFAULT_TIMEOUT_START: Duration = Duration::from_secs(90);
+/// Those of the library, where no process says otherwise.
+const DEFAULT_READY_TIMEOUT: Duration = Duration::from_secs(30);
+const DEFAULT_TRIAL: Duration = Duration::from_secs(1);
+const RELOAD: &str = "ExecReload=handover upgrade --pid $MAINPID";
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Unit {
+    kind: String,
+    notify_access: String,
+    kill_mode: String,
+    start: Option<ExecLine>,
+    reload: Vec<ExecLine>,
+    /// `None`: for ever.
+    timeout_start: Option<Duration>,
+    watchdog: Option<Duration>,
+    fd_store_max: usize,
+    main_pid: Option<i32>,
+    is_stale: bool,
+}
+
+/// A command of the unit.
+#[derive(Debug, PartialEq, Eq)]
+struct ExecLine {
+    program: PathBuf,
+    /// With its arguments.
+    text: String,
+    ignores_failure: bool,
+}
+
+impl Unit {
+    /// From systemd if that runs and is meant, else from the unit's file.
+    pub(super) fn load(named: &str, findings: &mut Findings) -> Option<Self> {
+        if named.contains('/') || !systemctl::runs() {
+            return match UnitFile::read(named) {
+                Ok(file) => Some(Self::from_file(&file)),
+                Err(error) => {
+                    findings.problem(format!("the unit {named} cannot be read: {error}"), "name it, or its file");
+                    None
+                }
+            };
+        }
+        match Properties::ask(named) {
+            Ok(properties) if properties.one("LoadState") == Some("not-found") => {
+                findings.problem(format!("there is no unit {named}"), "`systemctl list-units --type=service`");
+                None
+            }
+            Ok(properties) => Some(Self::from_properties(&properties)),
+            Err(why) => {
+                findings.problem(format!("systemd cannot be asked about {named}: {why}"), "name the unit's file");
+                None
+            }
+        }
+    }
+
+    fn from_file(file: &UnitFile) -> Self {
+        let kind = file.one("Type").unwrap_or(if file.one("BusName").is_some() { "dbus" } else { "simple" });
+        let notifies = kind.starts_with("notify") || file.one("WatchdogSec").is_some();
+        let span = |name: &str| file.one(name).and_then(time_span);
+        let timeout = span("TimeoutStartSec").or_else(|| span("TimeoutSec"));
+        Self {
+            kind: kind.to_owned(),
+            notify_access: file.one("NotifyAccess").unwrap_or(if notifies { "main" } else { "none" }).to_owned(),
+            kill_mode: file.one("KillMode").unwrap_or("control-group").to_owned(),
+            start: file.one("ExecStart").and_then(ExecLine::of_file),
+            reload: file.all("ExecReload").iter().filter_map(|line| ExecLine::of_file(line)).collect(),
+            timeout_start: timeout.unwrap_or(Some(DEFAULT_TIMEOUT_START)).filter(|time| !time.is_zero()),
+            watchdog: span("WatchdogSec").flatten().filter(|time| !time.is_zero()),
+            fd_store_max: file.one("FileDescriptorStoreMax").and_then(|max| max.parse().ok()).unwrap_or(0),
+            main_pid: None,
+            is_stale: false,
+        }
+    }
+
+    fn from_properties(properties: &Properties) -> Self {
+        let text = |name| properties.one(name).unwrap_or_default().to_owned();
+        let span = |name| properties.one(name).and_then(time_span);
+        Self {
+            kind: text("Type"),
+            notify_access: text("NotifyAccess"),
+            kill_mode: text("KillMode"),
+            start: properties.one("ExecStart").and_then(ExecLine::of_property),
+            reload: properties.all("ExecReload").filter_map(ExecLine::of_property).collect(),
+            timeout_start: span("TimeoutStartUSec").flatten(),
+            watchdog: span("WatchdogUSec").flatten().filter(|time| !time.is_zero()),
+            fd_store_max: text("FileDescriptorStoreMax").parse().unwrap_or(0),
+            main_pid: text("MainPID").parse().ok().filter(|pid| *pid > 0),
+            is_stale: text("NeedDaemonReload") == "yes",
+        }
+    }
+
+    pub(super) fn main_process(&self) -> Option<Target> {
+        self.main_pid.map(Target::Pid)
+    }
+
+    /// What it starts, where that is a plain path.
+    pub(super) fn program(&self) -> Option<PathBuf> {
+        let program = &self.start.as_ref()?.program;
+        let text = program.to_string_lossy();
+        (text.starts_with('/') && !text.contains('%')).then(|| program.clone())
+    }
+
+    pub(super) fn check(&self, process: Option<&Process>, findings: &mut Findings) {
+        self.check_kind(findings);
+        self.check_kill_mode(findings);
+        self.check_start(process, findings);
+        self.check_reload(process, findings);
+        self.check_times(process, findings);
+        self.check_fd_store(process, findings);
+        if self.is_stale {
+            findings.warning("its file has changed since systemd read it", "`systemctl daemon-reload`");
+        }
+        match (self.main_pid, process) {
+            (Some(main), Some(process)) if main != process.pid => findings.problem(
+                format!("systemd takes process {main} for the main one, and not {}", process.pid),
+                "NotifyAccess=main, and the first generation started by the unit",
+            ),
+            _ => {}
+        }
+    }
+
+    fn check_kind(&self, findings: &mut Findings) {
+        let (kind, access) = (self.kind.as_str(), self.notify_access.as_str());
+        let listens = access != "none";
+        match kind {
+            "notify" | "notify-reload" if listens => findings.ok(format!("Type={kind}, NotifyAccess={access}")),
+            "simple" | "exec" if listens => findings.warning(
+                format!("Type={kind}: systemd does not wait for the service to be ready when it starts it"),
+                "Type=notify",
+            ),
+            "notify" | "notify-reload" | "simple" | "exec" => findings.problem(
+                format!(
+                    "Type={kind} with NotifyAccess={access}: systemd does not hear of the new main process, and ends \
+                     the service when the old one exits"
+                ),
+                "Type=notify and NotifyAccess=main",
+            ),
+            _ => findings.problem(
+                format!("Type={kind}: systemd does not follow the main process over an upgrade"),
+                "Type=notify and NotifyAccess=main",
+            ),
+        }
+    }
+
+    fn check_kill_mode(&self, findings: &mut Findings) {
+        if !matches!(self.kill_mode.as_str(), "control-group" | "mixed") {
+            findings.warning(
+                format!("KillMode={}: a generation that drains outlives `systemctl stop`", self.kill_mode),
+                "remove it, or KillMode=mixed",
+            );
+        }
+    }
+
+    fn check_start(&self, process: Option<&Process>, findings: &mut Findings) {
+        let Some(program) = self.program() else { return };
+        let serves = process.and_then(Process::program);
+        if !program.exists() {
+            findings.problem(
+                format!("ExecStart={}: there is no such file, so the service cannot be started", program.display()),
+                "install it there, or mend the path",
+            );
+        } else if let Some(other) = serves.filter(|serves| *serves != program) {
+            findings.warning(
+                format!("ExecStart={}, and an upgrade starts {}", program.display(), other.display()),
+                "after a crash or a reboot the unit starts another build than upgrades do: name one path in both",
+            );
+        } else {
+            findings.ok(format!("ExecStart={}", program.display()));
+        }
+    }
+
+    fn check_reload(&self, process: Option<&Process>, findings: &mut Findings) {
+        if self.reload.is_empty() && self.kind != "notify-reload" {
+            return findings.warning("there is no ExecReload=, so `systemctl reload` does not upgrade", RELOAD);
+        }
+        for line in &self.reload {
+            line.check(process, findings);
+        }
+        let upgrades = |line: &ExecLine| line.is_upgrade() || line.signal().is_some();
+        if !self.reload.is_empty() && !self.reload.iter().any(upgrades) {
+            let first = self.reload.first().map(|line| line.text.as_str()).unwrap_or_default();
+            findings.warning(format!("ExecReload={first} does not upgrade, as far as can be seen"), RELOAD);
+        }
+    }
+
+    /// TimeoutStartSec= holds for a reload too.
+    fn check_times(&self, process: Option<&Process>, findings: &mut Findings) {
+        let limits = process.and_then(|process| process.status.as_ref()?.limits);
+        let time = |of: Option<u64>, default| of.map_or(default, Duration::from_millis);
+        let ready = time(limits.map(|limits| limits.ready_timeout_ms), DEFAULT_READY_TIMEOUT);
+        let whole = ready + time(limits.map(|limits| limits.trial_ms), DEFAULT_TRIAL);
+        let show = humantime::format_duration;
+        if let Some(limit) = self.timeout_start.filter(|limit| *limit < whole) {
+            findings.problem(
+                format!(
+                    "TimeoutStartSec={}: systemd gives a reload up then, and an upgrade may take {} (ready_timeout \
+                     and trial)",
+                    show(limit),
+                    show(whole)
+                ),
+                format!("TimeoutStartSec={} or more, or `handover upgrade --ready-timeout`", whole.as_secs() + 5),
+            );
+        }
+        if let Some(limit) = self.watchdog.filter(|limit| *limit < ready) {
+            findings.warning(
+                format!(
+                    "WatchdogSec={} is shorter than ready_timeout ({}): a service that says nothing while its new \
+                     build starts is killed",
+                    show(limit),
+                    show(ready)
+                ),
+                "let the old process go on answering the watchdog (`Config::watchdog`), or a longer WatchdogSec=",
+            );
+        }
+    }
+
+    fn check_fd_store(&self, process: Option<&Process>, findings: &mut Findings) {
+        let listeners = process.and_then(|process| process.status.as_ref()).map_or(0, |status| status.listeners.len());
+        match self.fd_store_max {
+            0 => findings.ok("no FileDescriptorStoreMax=: the sockets do not outlive a crash of the service"),
+            max if max < listeners => findings.warning(
+                format!("FileDescriptorStoreMax={max} holds not all of the {listeners} listeners over a crash"),
+                format!("FileDescriptorStoreMax={}", listeners.next_power_of_two().max(16)),
+            ),
+            max => findings.ok(format!("FileDescriptorStoreMax={max}: the sockets outlive a crash")),
+        }
+    }
+}
+
+impl ExecLine {
+    /// `@-:+!` before the path are systemd's.
+    fn of_file(line: &str) -> Option<Self> {
+        let text = line.trim_start_matches(['@', '-', ':', '+', '!']);
+        let flags = line.get(..line.len() - text.len())?;
+        let program = text.split_ascii_whitespace().next()?.trim_matches(['"', '\'']);
+        Some(Self { program: program.into(), text: text.to_owned(), ignores_failure: flags.contains('-') })
+    }
+
+    /// `{ path=/bin/a ; argv[]=/bin/a b ; ignore_errors=no ; … }`
+    fn of_property(value: &str) -> Option<Self> {
+        let mut parts = value.trim_start_matches("{ ").split(" ; ");
+        let program = parts.next()?.strip_prefix("path=")?;
+        let text = parts.next()?.strip_prefix("argv[]=")?;
+        let ignores_failure = parts.any(|part| part == "ignore_errors=yes");
+        Some(Self { program: program.into(), text: text.to_owned(), ignores_failure })
+    }
+
+    fn check(&self, process: Option<&Process>, findings: &mut Findings) {
+        if self.program.is_absolute() && !self.program.exists() {
+            return findings
+                .problem(format!("ExecReload={}: there is no such program", self.program.display()), "mend the path");
+        }
+        if self.ignores_failure {
+            findings.problem(
+                format!("ExecReload=-{}: `systemctl reload` says yes when the upgrade has failed", self.text),
+                "remove the `-`",
+            );
+        }
+        if let Some(signal) = self.signal() {
+            match process {
+                Some(process) if !process.catches(signal as i32) => findings.problem(
+                    format!("ExecReload={} sends {signal}, for which the process has no handler", self.text),
+                    RELOAD,
+                ),
+                _ => findings.warning(
+                    format!("ExecReload={}: a signal answers nobody, so every reload succeeds", self.text),
+                    RELOAD,
+                ),
+            }
+        } else if self.is_upgrade() && !self.ignores_failure {
+            findings.ok(format!("ExecReload={}", self.text));
+        }
+    }
+
+    fn is_upgrade(&self) -> bool {
+        let mut words = self.text.split(|one: char| one.is_ascii_whitespace() || "\"';&|".contains(one));
+        words.any(|word| Path::new(word).file_name().is_some_and(|name| name == "handover"))
+            && words.any(|word| word == "upgrade")
+    }
+
+    /// The one that `kill` sends.
+    fn signal(&self) -> Option<Signal> {
+        let mut words = self.text.split(|one: char| one.is_ascii_whitespace() || "\"';&|".contains(one));
+        words.find(|word| Path::new(word).file_name().is_some_and(|name| name == "kill"))?;
+        words.find_map(|word| {
+            let name = word.trim_start_matches("--signal=").trim_start_matches('-');
+            let by_number = || Signal::try_from(name.parse::<i32>().ok().filter(|_| word.starts_with('-'))?).ok();
+            let long = format!("SIG{}", name.trim_start_matches("SIG"));
+            long.parse().ok().or_else(by_number)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Level;
+    use super::*;
+
+    fn unit(text: &str) -> Unit {
+        let directory = std::env::temp_dir();
+        let path = directory.join(format!("handover-unit-{}-{:p}.service", std::process::id(), text));
+        std::fs::write(&path, text).unwrap();
+        let file = UnitFile::read(path.to_str().unwrap());
+        std::fs::remove_file(&path).unwrap();
+        Unit::from_file(&file.unwrap())
+    }
+
+    /// Of a good unit with other settings put in.
+    fn found(settings: &str) -> Vec<(Level, String)> {
+        let good = "[Service]\nType=notify\nExecStart=/bin/sh\nExecReload=handover upgrade --pid $MAINPID\n";
+        let mut findings = Findings::about("unit");
+        unit(&format!("{good}{settings}")).check(None, &mut findings);
+        let bad = findings.all.into_iter().filter(|finding| finding.level != Level::Ok);
+        bad.map(|finding| (finding.level, finding.message)).collect()
+    }
+
+    #[track_caller]
+    fn finds(settings: &str, level: Level, part: &str) {
+        let found = found(settings);
+        assert!(found.iter().any(|(of, text)| *of == level && text.contains(part)), "{settings}: {found:?}");
+    }
+
+    #[test]
+    fn a_good_unit_has_nothing_to_mend() {
+        assert_eq!(found(""), []);
+        assert_eq!(found("TimeoutStartSec=infinity\nWatchdogSec=60\nKillMode=mixed\n"), []);
+    }
+
+    #[test]
+    fn each_mistake_is_found() {
+        finds("Type=simple\n", Level::Problem, "does not hear of the new main process");
+        finds("Type=simple\nNotifyAccess=main\n", Level::Warning, "does not wait");
+        finds("NotifyAccess=none\n", Level::Problem, "NotifyAccess=none");
+        finds("Type=forking\n", Level::Problem, "Type=forking");
+        finds("KillMode=process\n", Level::Warning, "KillMode=process");
+        finds("ExecReload=\n", Level::Warning, "there is no ExecReload=");
+        finds("ExecReload=\nExecReload=/bin/true\n", Level::Warning, "does not upgrade");
+        finds("ExecReload=\nExecReload=/bin/kill -HUP $MAINPID\n", Level::Warning, "a signal answers nobody");
+        finds("ExecReload=/no/such/handover upgrade\n", Level::Problem, "no such program");
+        finds("ExecReload=-handover upgrade --pid $MAINPID\n", Level::Problem, "says yes");
+        finds("ExecStart=\nExecStart=/no/such/server --port 80\n", Level::Problem, "ExecStart=/no/such/server");
+        finds("TimeoutStartSec=20\n", Level::Problem, "TimeoutStartSec=20s");
+        finds("TimeoutSec=20\n", Level::Problem, "TimeoutStartSec=20s");
+        finds("WatchdogSec=10s\n", Level::Warning, "WatchdogSec=10s");
+    }
+
+    #[test]
+    fn the_signal_of_a_kill_is_read_in_every_spelling() {
+        let signal = |line: &str| ExecLine::of_file(line).unwrap().signal();
+        for line in ["/bin/kill -HUP $MAINPID", "kill -s HUP 1", "-kill -SIGHUP 1", "kill -1 $MAINPID"] {
+            assert_eq!(signal(line), Some(Signal::SIGHUP), "{line}");
+        }
+        assert_eq!(signal("/bin/sh -c 'kill --signal=USR2 $MAINPID'"), Some(Signal::SIGUSR2));
+        assert_eq!(signal("handover upgrade --pid 1"), None);
+    }
+
+    #[test]
+    fn upgrades_are_recognised() {
+        let is = |line: &str| ExecLine::of_file(line).unwrap().is_upgrade();
+        assert!(is("handover upgrade --pid $MAINPID") && is("/bin/sh -c \"/usr/bin/handover upgrade --pid 1\""));
+        assert!(!is("handover status") && !is("/usr/bin/upgrade handover"));
+    }
+
+    #[test]
+    fn what_systemctl_shows_is_read() {
+        let properties = Properties::parse(
+            "Type=notify\nNotifyAccess=main\nKillMode=control-group\nTimeoutStartUSec=1min 30s\nWatchdogUSec=0\n\
+             FileDescriptorStoreMax=16\nMainPID=4711\nNeedDaemonReload=yes\nLoadState=loaded\n\
+             ExecStart={ path=/srv/app ; argv[]=/srv/app --x ; ignore_errors=no ; start_time=[n/a] ; pid=0 }\n\
+             ExecReload={ path=/bin/a ; argv[]=a b ; ignore_errors=yes ; start_time=[n/a] }\n\
+             ExecReload={ path=/bin/c ; argv[]=c ; ignore_errors=no ; start_time=[n/a] }\n",
+        );
+        let line = |program: &str, text: &str, ignores_failure| ExecLine {
+            program: program.into(),
+            text: text.into(),
+            ignores_failure,
+        };
+        let expected = Unit {
+            kind: "notify".into(),
+            notify_access: "main".into(),
+            kill_mode: "control-group".into(),
+            start: Some(line("/srv/app", "/srv/app --x", false)),
+            reload: vec![line("/bin/a", "a b", true), line("/bin/c", "c", false)],
+            timeout_start: Some(Duration::from_secs(90)),
+            watchdog: None,
+            fd_store_max: 16,
+            main_pid: Some(4711),
+            is_stale: true,
+        };
+        assert_eq!(Unit::from_properties(&properties), expected);
+    }
+}
