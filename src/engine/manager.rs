@@ -72,7 +72,8 @@ impl Engine {
         };
         let listeners = self.shared.listeners();
         listeners.closed_names().iter().for_each(|name| notifier.remove_from_store(name));
-        for entry in listeners.entries() {
+        // Those of a `.socket` unit are the service manager's in any case.
+        for entry in listeners.entries().filter(|entry| !entry.activated) {
             if let Some(fd) = entry.socket.fd() {
                 notifier.store(&entry.name, fd.as_fd());
             }
