@@ -44,6 +44,17 @@ impl Engine {
         }
     }
 
+    /// After a signal, which may be systemd's own (`Type=notify-reload`): it waits to hear that the upgrade has begun, and
+    /// then that it is over.
+    pub(super) fn tell_manager_of_refusal(&self, what: &str) {
+        if self.upgrade.in_flight() {
+            self.tell_manager_of_upgrade();
+        } else if self.upgrade.stage() == Stage::Serving && self.inherit.owns() {
+            self.tell_manager_of_upgrade();
+            self.tell_manager_of_failure(what);
+        }
+    }
+
     /// While this process is still the main one, and before the new one says anything itself. One that pulled was started
     /// by another unit.
     pub(super) fn tell_manager_of_successor(&mut self) {

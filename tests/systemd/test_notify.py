@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import unittest
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple
 
 from lab import BIN, HANDOVER, PATIENCE_SECONDS, lives, run, wait_for, who
 
@@ -168,6 +168,19 @@ class Notify(unittest.TestCase):
         refused = self.manager.next()
         self.assertEqual(refused.lines["READY"], "1")
         self.assertIn("older generations", refused.lines["STATUS"])
+
+    def test_a_second_signal_during_an_upgrade(self) -> None:
+        """The end of the one under way answers both."""
+        pid = self.start("--trial", "2s")
+        os.kill(pid, signal.SIGHUP)
+        self.reloading(pid, 2, 0)
+        since = time.monotonic_ns() // 1000
+        os.kill(pid, signal.SIGHUP)
+        self.reloading(pid, 2, since)
+        ready = self.manager.next()
+        self.last = int(ready.lines["MAINPID"])
+        self.assertEqual(ready.lines["READY"], "1")
+        self.manager.next().close()
 
     def test_listeners_for_the_store(self) -> None:
         self.start("--fd-store", "true")

@@ -156,6 +156,17 @@ class Store(ServiceCase):
         wait_for("the old one is closed", lambda: refused(PORT))
         self.assertEqual(self.stored(), "1")
 
+    def test_a_restart_with_an_address_that_overlaps(self) -> None:
+        service = self.begin()
+        service.write_from_page("store", ("0.0.0.0:8080", "127.0.0.1:8080"), options=STORED)
+        run("systemctl", "daemon-reload")
+        self.assertNotEqual(run("systemctl", "restart", service.unit, check=False).returncode, 0)
+        self.assertIn("Address already in use", service.journal())
+        service.stop()
+        run("systemctl", "reset-failed", service.unit)
+        service.start()
+        self.assertEqual(service.status()["listeners"][0]["address"], "127.0.0.1:8080")
+
     def test_a_unix_listener_keeps_its_queue_and_its_path(self) -> None:
         path = "/run/handover-lab/store.sock"
         service = self.begin(options=f"{STORED} --unix admin={path}")
