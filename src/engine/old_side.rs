@@ -46,6 +46,9 @@ impl Engine {
     ) {
         if let Some(refusal) = self.refusal() {
             log::warn!("upgrade refused: {}", refusal.message);
+            if let (Requester::Nobody, Origin::Push) = (&requester, origin) {
+                self.tell_manager_of_refusal(&refusal.message);
+            }
             return self.answer(requester, refusal);
         }
         let mut attempt = Attempt::new(request, origin, requester);
