@@ -76,9 +76,20 @@ leave_out() {
 run() {
     case $1 in
         shell) shellcheck .ci/run scripts/*.sh ;;
-        unit) cargo test --all-features --lib --bins && cargo test --all-features --doc ;;
-        it) cargo test --all-features --tests --examples ;;
-        python) cargo build --all-features --examples --bins && python3 -m unittest discover tests/python ;;
+        unit)
+            cargo test --all-features --lib --bins
+            cargo test --all-features --doc
+            ;;
+        it)
+            # The programs that the tests start. `cargo test --examples` would build them as tests instead.
+            cargo build --all-features --examples --bins
+            cargo test --all-features --test it
+            cargo test --all-features --example oracle arguments_are_checked
+            ;;
+        python)
+            cargo build --all-features --examples --bins
+            python3 -m unittest discover tests/python
+            ;;
         systemd) scripts/systemd-test.sh ;;
         demo) scripts/demo.sh --upgrades 3 ;;
         load) scripts/load.sh ;;
