@@ -171,7 +171,7 @@ fn print(findings: &[Finding], output: &mut Output) -> Exit {
             "event": "result", "message": verdict, "problems": problems, "warnings": warnings, "exit_code": exit as u8,
         }));
     } else {
-        findings.iter().for_each(|finding| output.line(&line(finding)));
+        findings.iter().for_each(|finding| output.long_line(&line(finding), 18));
         output.line(&verdict);
     }
     exit

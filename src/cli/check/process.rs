@@ -198,7 +198,7 @@ fn check_memory(process: &Process, findings: &mut Findings) {
 }
 
 fn judge_memory(private: u64, left: u64, place: &str, mend: &str, findings: &mut Findings) {
-    let (has, room) = (private / MIB, left / MIB);
+    let (has, room) = (private.div_ceil(MIB), left / MIB);
     if private > left {
         findings.warning(
             format!("{place} has room for {room} MiB, and the process has {has} MiB: a new one as large does not fit"),
