@@ -146,7 +146,7 @@ fn find_process(
         None if arguments.exe.is_some() || arguments.unit.is_some() => return Ok(None),
         None => status::the_only_one()?,
     };
-    Ok(process::check(&target, findings))
+    Ok(process::check(&target, arguments.exe.is_none(), findings))
 }
 
 fn check_binary(arguments: &Arguments, process: Option<&Process>, unit: Option<&Unit>) -> Result<Findings, Failure> {

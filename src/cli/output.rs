@@ -147,12 +147,12 @@ fn stage_line(name: &str, at_ms: f64, details: &str) -> String {
 }
 
 /// Of the terminal that this is; whoever reads from elsewhere gets whole lines.
-fn width(stream: &impl AsFd) -> Option<usize> {
+pub(super) fn width(stream: &impl AsFd) -> Option<usize> {
     terminal_size::terminal_size_of(stream).map(|(width, _)| usize::from(width.0))
 }
 
 /// Broken between words, so that a terminal does not break within them. What goes on is indented.
-fn wrapped(text: &str, width: Option<usize>, indent: usize) -> String {
+pub(super) fn wrapped(text: &str, width: Option<usize>, indent: usize) -> String {
     const WIDTH_MIN: usize = 40;
     let Some(width) = width.filter(|width| *width >= WIDTH_MIN) else { return text.to_owned() };
     let mut done = String::new();

@@ -23,7 +23,7 @@ pub(super) fn advice(failure: Failure, cause: &str, exit: Option<&str>, silent: 
 
 fn advice_for_exit(exit: &str, silent: bool) -> Option<&'static str> {
     if exit.contains("status 0") {
-        return Some("it must stay in the foreground and call `ready()`: a program that forks itself away cannot");
+        return Some("let it stay in the foreground and call `ready()`; one that forks itself away cannot be upgraded");
     }
     if exit.contains("SIGKILL") {
         return Some("out of memory? `dmesg` tells, and `handover check` compares what is free");

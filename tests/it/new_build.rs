@@ -117,7 +117,7 @@ fn in_a_directory_that_is_gone() {
 fn exits_0() {
     fault("exit-0")
         .complains("exited with status 0 before it was ready")
-        .complains("what to do: it must stay in the foreground");
+        .complains("what to do: let it stay in the foreground");
 }
 
 #[test]
