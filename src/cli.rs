@@ -101,7 +101,7 @@ fn pid_in(file: &PathBuf) -> Result<Target, Failure> {
     })?;
     match text.trim().parse() {
         Ok(pid) if pid > 0 => Ok(Target::Pid(pid)),
-        _ => Err(Failure::usage(format!("the pid file {} has no pid in it", file.display()))),
+        _ => Err(Failure::usage(format!("the pid file {} has no pid in it (is it the right file?)", file.display()))),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The thread that drives both state machines: it waits for whatever can happen, tells the machine, and does what the
 //! machine answers. Nothing here decides about stages; nothing here blocks.
 
+mod advice;
 mod announce;
 mod attempt;
 mod manager;

@@ -146,7 +146,7 @@ fn find_process(
         None if arguments.exe.is_some() || arguments.unit.is_some() => return Ok(None),
         None => status::the_only_one()?,
     };
-    Ok(process::check(&target, findings))
+    Ok(process::check(&target, arguments.exe.is_none(), findings))
 }
 
 fn check_binary(arguments: &Arguments, process: Option<&Process>, unit: Option<&Unit>) -> Result<Findings, Failure> {
@@ -171,7 +171,7 @@ fn print(findings: &[Finding], output: &mut Output) -> Exit {
             "event": "result", "message": verdict, "problems": problems, "warnings": warnings, "exit_code": exit as u8,
         }));
     } else {
-        findings.iter().for_each(|finding| output.line(&line(finding)));
+        findings.iter().for_each(|finding| output.long_line(&line(finding), 18));
         output.line(&verdict);
     }
     exit

@@ -8,6 +8,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::{emulate_default_handler, pipe};
 
 use super::journal::error_prefix;
+use super::output::{width, wrapped};
 
 /// At SIGINT or SIGTERM says `message`, then ends as the signal would have ended this command without it.
 pub(super) fn explain(message: &str) {
@@ -26,7 +27,8 @@ fn explain_one(signal: i32, message: String) -> io::Result<()> {
             let mut stderr = io::stderr().lock();
             // Behind the `^C`, and whatever line is open.
             let start = if stderr.is_terminal() { "\n" } else { error_prefix() };
-            let _ = writeln!(stderr, "{start}handover: {message}");
+            let text = wrapped(&format!("handover: {message}"), width(&stderr), 2);
+            let _ = writeln!(stderr, "{start}{text}");
             let _ = emulate_default_handler(signal);
         }
     };

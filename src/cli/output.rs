@@ -1,6 +1,7 @@
 //! What is printed: stages for people on a terminal, plain lines in a log, one JSON object a line with `--json`.
 
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use handover::control::{Answer, ResultEvent, StageEvent, StageName};
@@ -15,11 +16,13 @@ pub(crate) struct Output {
     terminal: bool,
     /// On a terminal the count of a drain is written over itself.
     open_line: bool,
+    /// Connections are being finished.
+    drains: bool,
 }
 
 impl Output {
     pub(super) fn new(json: bool) -> Self {
-        Self { json, terminal: !json && io::stdout().is_terminal(), open_line: false }
+        Self { json, terminal: !json && io::stdout().is_terminal(), open_line: false, drains: false }
     }
 
     pub(super) fn is_json(&self) -> bool {
@@ -30,6 +33,12 @@ impl Output {
     pub(super) fn line(&mut self, text: &str) {
         let start = if std::mem::take(&mut self.open_line) { "\r\x1b[K" } else { "" };
         let _ = writeln!(io::stdout().lock(), "{start}{text}");
+    }
+
+    /// A line that may be long, broken at the edge of a terminal.
+    pub(super) fn long_line(&mut self, text: &str, indent: usize) {
+        let width = width(&io::stdout());
+        self.line(&wrapped(text, width, indent));
     }
 
     fn over_line(&mut self, text: &str) {
@@ -68,12 +77,12 @@ impl Output {
     }
 
     fn stage(&mut self, stage: &StageEvent) {
-        let name = stage.stage.to_string();
-        let text = format!("  {name:<10}{:>10}{}", time(stage.at_ms), details(stage));
-        let text = text.trim_end();
-        match stage.stage {
-            StageName::Draining if self.terminal && stage.connections != Some(0) => self.over_line(text),
-            _ => self.line(text),
+        let text = stage_line(&stage.stage.to_string(), stage.at_ms, &details(stage));
+        let drains = stage.stage == StageName::Draining;
+        self.drains |= drains;
+        match drains && self.terminal && stage.connections != Some(0) {
+            true => self.over_line(&text),
+            false => self.line(&text),
         }
     }
 
@@ -92,10 +101,14 @@ impl Output {
             return exit;
         }
         if exit == Exit::Done {
+            if let Some(at) = result.at_ms.filter(|_| self.drains) {
+                self.line(&stage_line("drained", at, ""));
+            }
             self.line(&result.message);
             return exit;
         }
         let mut lines = vec![format!("handover: {}", result.message)];
+        lines.extend(result.mend.iter().map(|mend| format!("what to do: {mend}")));
         if !result.stderr.is_empty() {
             lines.push("the last lines that the new build wrote to stderr:".to_owned());
         }
@@ -107,8 +120,9 @@ impl Output {
     fn complain(&mut self, lines: &[String]) {
         self.end_line();
         let (mut stderr, prefix) = (io::stderr().lock(), error_prefix());
+        let width = width(&stderr);
         for line in lines {
-            let _ = writeln!(stderr, "{prefix}{line}");
+            let _ = writeln!(stderr, "{prefix}{}", wrapped(line, width, 2));
         }
     }
 
@@ -126,6 +140,35 @@ impl Output {
             self.complain(&[format!("handover: {}", failure.message)]);
         }
     }
+}
+
+fn stage_line(name: &str, at_ms: f64, details: &str) -> String {
+    format!("  {name:<10}{:>10}{details}", time(at_ms)).trim_end().to_owned()
+}
+
+/// Of the terminal that this is; whoever reads from elsewhere gets whole lines.
+pub(super) fn width(stream: &impl AsFd) -> Option<usize> {
+    terminal_size::terminal_size_of(stream).map(|(width, _)| usize::from(width.0))
+}
+
+/// Broken between words, so that a terminal does not break within them. What goes on is indented.
+pub(super) fn wrapped(text: &str, width: Option<usize>, indent: usize) -> String {
+    const WIDTH_MIN: usize = 40;
+    let Some(width) = width.filter(|width| *width >= WIDTH_MIN) else { return text.to_owned() };
+    let mut done = String::new();
+    let mut used = 0;
+    for word in text.split_inclusive(' ') {
+        let length = word.trim_end().chars().count();
+        if used + length > width && used > indent {
+            done.truncate(done.trim_end().len());
+            done.push('\n');
+            done.push_str(&" ".repeat(indent));
+            used = indent;
+        }
+        done.push_str(word);
+        used += word.chars().count();
+    }
+    done
 }
 
 fn details(stage: &StageEvent) -> String {
@@ -186,6 +229,16 @@ mod tests {
     fn columns_line_up() {
         let rows = [vec!["A".to_owned(), "LONGER".to_owned()], vec!["long".to_owned(), "b".to_owned()]];
         assert_eq!(table(&rows), ["A     LONGER", "long  b"]);
+    }
+
+    #[test]
+    fn long_lines_break_between_words() {
+        let text = "handover: one two three four five six seven eight nine";
+        assert_eq!(wrapped(text, Some(40), 2), "handover: one two three four five six\n  seven eight nine");
+        assert_eq!(wrapped(text, None, 2), text);
+        let path = format!("at `{}`: no", "x".repeat(60));
+        assert_eq!(wrapped(&path, Some(40), 2), format!("at\n  `{}`:\n  no", "x".repeat(60)));
+        assert_eq!(wrapped("", Some(40), 2), "");
     }
 
     #[test]

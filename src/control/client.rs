@@ -42,6 +42,8 @@ pub struct Client {
     pid: Pid,
     /// Of the process that answers: its end is seen even if its pid is reused.
     process: Option<OwnedFd>,
+    /// It has taken the request, and will do it even if nobody waits.
+    accepted: bool,
     patience: Duration,
 }
 
@@ -89,7 +91,14 @@ impl Client {
         }
         log::debug!("process {pid} answers at {}", path.display());
         let process = sys::pidfd_of_peer(stream.as_fd(), pid).ok();
-        Ok(Self { stream: BufReader::new(stream), target: target.clone(), pid, process, patience: SILENCE_MAX })
+        Ok(Self {
+            stream: BufReader::new(stream),
+            target: target.clone(),
+            pid,
+            process,
+            accepted: false,
+            patience: SILENCE_MAX,
+        })
     }
 
     /// How long the process may be silent before it is taken to be stopped: 10 s by default.
@@ -186,7 +195,10 @@ impl Client {
     fn follow(&mut self, on_answer: &mut dyn FnMut(&Answer)) -> Result<Option<ResultEvent>, Error> {
         loop {
             match self.hear()? {
-                Some(Event::Accepted(accepted)) => on_answer(&Answer::Accepted(accepted)),
+                Some(Event::Accepted(accepted)) => {
+                    self.accepted = true;
+                    on_answer(&Answer::Accepted(accepted));
+                }
                 Some(Event::Stage(mut stage)) => {
                     // All of their fields are optional, so serde finds claims in any stage.
                     stage.claims = stage.claims.filter(|_| stage.stage == StageName::Ready);
@@ -298,9 +310,17 @@ impl Client {
         let state = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
         let stopped = state.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']));
         let cause = format!("it has said nothing for {} s", self.patience.as_secs());
-        match stopped {
-            true => self.failed("ask", &format!("{cause}: it is stopped")).mend("`kill -CONT` lets it go on"),
-            false => self.failed("ask", &cause).mend("what happened to the upgrade is unknown: ask `handover status`"),
+        match (stopped, self.accepted) {
+            (true, true) => self
+                .failed("ask", &format!("{cause}: it is stopped"))
+                .mend("`kill -CONT` lets it go on, with what it has begun: `handover status` tells"),
+            (true, false) => self
+                .failed("ask", &format!("{cause}: it is stopped"))
+                .mend("`kill -CONT` lets it go on; then ask again"),
+            (false, true) => self
+                .failed("ask", &cause)
+                .mend("what came of it is not known: `handover status` tells, once it answers"),
+            (false, false) => self.failed("ask", &cause).mend("it hangs, and has done nothing of what was asked"),
         }
     }
 

@@ -54,7 +54,10 @@ pub(super) fn service_of(pid: i32) -> Result<Service, Error> {
     let missing = |cause: &str, mend: &str| Err(Error::new(ErrorKind::NotRunning, tried(), cause).mend(mend));
     match find(pid) {
         Ok(Some(service)) => Ok(service),
-        Ok(None) if is_zombie(pid) => missing("it has exited already (a zombie)", "its parent has not reaped it"),
+        Ok(None) if is_zombie(pid) => missing(
+            "it has exited already (a zombie)",
+            "its parent has not reaped it; `handover ps` lists those that serve",
+        ),
         Ok(None) => {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             let cause = format!("it runs (`{}`), and is no handover process", name.trim());

@@ -209,6 +209,9 @@ pub struct ResultEvent {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
+    /// What can be done about it, where that can be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mend: Option<String>,
     /// How the new process ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit: Option<String>,
@@ -229,6 +232,7 @@ impl ResultEvent {
             pid: None,
             generation: None,
             failure: None,
+            mend: None,
             exit: None,
             stderr: vec![],
             cut: None,

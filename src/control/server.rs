@@ -219,6 +219,12 @@ impl Server {
                 }
             }
         };
+        if has_hung_up(&client.stream) {
+            // It has given up on a process that was stopped, and told its operator that nothing was done.
+            log::warn!("control socket: process {} asked and is gone: nothing is done", client.pid);
+            self.clients.remove(&id);
+            return None;
+        }
         client.asked = true;
         client.deadline = None;
         let line = std::mem::take(&mut client.incoming);
@@ -311,6 +317,13 @@ fn remove_unless_answered(path: &Path) {
     if probe().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
         let _ = fs::remove_file(path);
     }
+}
+
+/// Closed, and not only shut down for writing.
+fn has_hung_up(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    let looked = crate::poll::wait_any(&mut fds, Some(Instant::now()));
+    looked.is_ok() && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }
 
 fn is_out_of_fds(error: &io::Error) -> bool {

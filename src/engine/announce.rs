@@ -5,6 +5,7 @@ use std::time::{Instant, SystemTime};
 
 use nix::unistd::Pid;
 
+use super::advice::advice;
 use super::attempt::{Process, Requester, milliseconds_since};
 use super::{ALIVE_INTERVAL, DRAIN_COUNT_INTERVAL, Engine, server_finish};
 use crate::control::messages::{
@@ -147,7 +148,10 @@ impl Engine {
             0 => result,
             _ => ResultEvent {
                 result: Outcome::Cut,
-                message: format!("{}; {cut} connections were closed at the drain deadline", result.message),
+                message: match cut {
+                    1 => format!("{}; 1 connection was closed at the drain deadline", result.message),
+                    _ => format!("{}; {cut} connections were closed at the drain deadline", result.message),
+                },
                 cut: Some(cut),
                 ..result
             },
@@ -190,6 +194,8 @@ impl Engine {
                 (_, None) => {}
             }
             result.stderr = report.stderr.map(|tail| tail.lines()).unwrap_or_default();
+            let (cause, silent) = (result.failure.as_deref().unwrap_or_default(), result.stderr.is_empty());
+            result.mend = advice(report.failure, cause, result.exit.as_deref(), silent).map(str::to_owned);
             log::error!("{}", result.message);
             let at_unix_ms = unix_ms(SystemTime::now());
             let (outcome, message) = (result.result, result.message.clone());

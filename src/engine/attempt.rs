@@ -16,8 +16,8 @@ use crate::control::messages::{ResultEvent, UpgradeRequest, Wait};
 use crate::control::server::ClientId;
 use crate::protocol::{AdoptedListener, Claims};
 use crate::sys;
-use crate::upgrade::Origin;
 use crate::upgrade::stderr::StderrTail;
+use crate::upgrade::{Failure, Origin};
 
 /// Who asked for an upgrade, and is told how it went.
 pub(super) enum Requester {
@@ -163,6 +163,7 @@ impl AsFd for Process {
 /// The end of a failed upgrade, held back until the new process is reaped and its stderr has ended.
 pub(super) struct Report {
     pub(super) result: ResultEvent,
+    pub(super) failure: Failure,
     pub(super) requester: Requester,
     pub(super) process: Option<Process>,
     pub(super) stderr: Option<StderrTail>,

@@ -451,7 +451,7 @@ impl Engine {
             }
         };
         let (requester, stderr) = (attempt.requester, attempt.stderr);
-        self.reports.push(Report { result, requester, process, stderr, deadline });
+        self.reports.push(Report { result, failure, requester, process, stderr, deadline });
     }
 
     fn begin_drain(&mut self) {

@@ -83,7 +83,7 @@ fn a_process_that_is_stopped_is_a_problem() {
     let pid = server.pid();
     server.freeze(pid);
     let run = check(&["--pid", &pid.to_string()]).exits_with(1);
-    finds(&run, "problem", "process", "it is stopped (`kill -CONT` lets it go on)");
+    finds(&run, "problem", "process", "it is stopped (`kill -CONT` lets it go on; then ask again)");
     server.thaw(pid);
 }
 

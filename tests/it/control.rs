@@ -99,6 +99,27 @@ fn an_upgrade_goes_on_when_the_one_who_asked_is_gone() {
     server.assert_only(server.pid());
 }
 
+/// A command that has given up has said that nothing was done; so nothing is, when the process goes on.
+#[test]
+fn a_request_is_dropped_when_the_one_who_asked_gave_up_before_it_was_read() {
+    let server = Server::http();
+    let pid = server.pid();
+    server.freeze(pid);
+    let mut gave_up = connect(&server);
+    gave_up.write_all(b"{\"request\":\"upgrade\"}\n").unwrap();
+    drop(gave_up);
+    // One that only says that it will say no more is still there to be answered.
+    let mut waits = connect(&server);
+    waits.write_all(b"{\"request\":\"status\"}\n").unwrap();
+    waits.shutdown(std::net::Shutdown::Write).unwrap();
+    server.thaw(pid);
+    let answer = answer(waits);
+    assert!(answer.contains("\"state\":\"serving\"") && !answer.contains("last_upgrade"), "{answer}");
+    eventually("the log", || server.home.log().contains("asked and is gone: nothing is done").then_some(()));
+    assert_eq!(server.generation(), 1);
+    server.assert_only(pid);
+}
+
 /// Everything that a stranger can do is to hear that he may not.
 #[test]
 fn a_stranger_is_refused() {

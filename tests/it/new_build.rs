@@ -115,7 +115,9 @@ fn in_a_directory_that_is_gone() {
 
 #[test]
 fn exits_0() {
-    fault("exit-0").complains("exited with status 0 before it was ready");
+    fault("exit-0")
+        .complains("exited with status 0 before it was ready")
+        .complains("what to do: let it stay in the foreground");
 }
 
 #[test]
@@ -128,7 +130,9 @@ fn exits_1() {
 
 #[test]
 fn is_killed() {
-    fault("killed").complains("was killed by SIGKILL before it was ready");
+    fault("killed")
+        .complains("was killed by SIGKILL before it was ready")
+        .complains("what to do: out of memory? `dmesg` tells");
 }
 
 #[test]
@@ -153,7 +157,9 @@ fn panics() {
 
 #[test]
 fn hangs_before_it_has_the_offer() {
-    fault_with("hang", &["--ready-timeout", "300ms"]).complains("was not ready within 300ms");
+    fault_with("hang", &["--ready-timeout", "300ms"])
+        .complains("was not ready within 300ms")
+        .complains("what to do: --ready-timeout gives it longer");
 }
 
 #[test]

@@ -196,7 +196,7 @@ fn told_to_stop_in_the_drain() {
     server.signal(old, Signal::SIGTERM);
     assert_eq!(short.answerer().pid.cast_signed(), old);
     server.signal(old, Signal::SIGTERM);
-    upgrade.finish().exits_with(5).complains("1 connections were closed at the drain deadline");
+    upgrade.finish().exits_with(5).complains("1 connection was closed at the drain deadline");
     drop(slow);
     server.wait_for_end(old);
     server.assert_only(server.pid());

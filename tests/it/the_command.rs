@@ -89,7 +89,8 @@ fn the_stages_of_an_upgrade_in_their_order() {
     let server = Server::http();
     let run = server.upgrade(&["--wait", "drained"]).exits_with(0);
     let words: Vec<&str> = run.stdout.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
-    let stages = ["upgrading", "spawned", "adopted", "ready", "committed", "healthy", "draining", "upgraded"];
+    let stages =
+        ["upgrading", "spawned", "adopted", "ready", "committed", "healthy", "draining", "drained", "upgraded"];
     assert_eq!(words, stages, "{run:?}");
     assert!(!run.stdout.contains('\x1b') && run.stderr.is_empty(), "{run:?}");
     let pid = server.pid();
@@ -242,7 +243,7 @@ fn an_upgrade_cuts_at_the_drain_timeout_and_says_so() {
         .upgrade(&["--wait", "drained", "--drain-timeout", "100ms"])
         .exits_with(5)
         .complains("upgraded to generation 2")
-        .complains("1 connections were closed at the drain deadline");
+        .complains("1 connection was closed at the drain deadline");
     drop(slow);
     assert_eq!(server.answerer().generation, 2);
     server.assert_only(server.pid());

@@ -71,14 +71,16 @@ impl Process {
     }
 }
 
-/// Looks at a process. `None`: there is none that could be upgraded.
-pub(super) fn check(target: &Target, findings: &mut Findings) -> Option<Process> {
+/// Looks at a process, and at what it would start if `starts_its_own`. `None`: there is none that could be upgraded.
+pub(super) fn check(target: &Target, starts_its_own: bool, findings: &mut Findings) -> Option<Process> {
     let process = ask(target, findings)?;
     check_fds(&process, findings);
     check_memory(&process, findings);
     check_tasks(&process, findings);
     check_directory(&process, findings);
-    check_build(&process, findings);
+    if starts_its_own {
+        check_build(&process, findings);
+    }
     check_signals(&process, findings);
     Some(process)
 }
@@ -198,7 +200,7 @@ fn check_memory(process: &Process, findings: &mut Findings) {
 }
 
 fn judge_memory(private: u64, left: u64, place: &str, mend: &str, findings: &mut Findings) {
-    let (has, room) = (private / MIB, left / MIB);
+    let (has, room) = (private.div_ceil(MIB), left / MIB);
     if private > left {
         findings.warning(
             format!("{place} has room for {room} MiB, and the process has {has} MiB: a new one as large does not fit"),

@@ -1,0 +1,51 @@
+//! What an operator can do about an upgrade that failed, as far as its end tells.
+
+use crate::upgrade::Failure;
+
+/// `exit` is how the new process ended, if it has; `silent`, whether it wrote nothing to stderr.
+pub(super) fn advice(failure: Failure, cause: &str, exit: Option<&str>, silent: bool) -> Option<&'static str> {
+    match failure {
+        // What it says has its mend in it.
+        Failure::NotSpawned | Failure::Stopped | Failure::GaveUp => None,
+        Failure::Silent => Some("--ready-timeout gives it longer; so does `still_starting` in the program"),
+        Failure::Refused if cause.contains("protocol versions") => {
+            Some("upgrade by way of a build that speaks both versions")
+        }
+        Failure::Refused => None,
+        Failure::NotAccepting => Some("its accept loop does not run: see its log"),
+        Failure::ChannelBroken if cause.contains("closed the channel") => {
+            Some("does it use the library, and leave fd 3 open?")
+        }
+        Failure::ChannelBroken => Some("does something in it write to fd 3? That is the channel to the old process"),
+        Failure::Exited => advice_for_exit(exit.unwrap_or_default(), silent),
+    }
+}
+
+fn advice_for_exit(exit: &str, silent: bool) -> Option<&'static str> {
+    if exit.contains("status 0") {
+        return Some("let it stay in the foreground and call `ready()`; one that forks itself away cannot be upgraded");
+    }
+    if exit.contains("SIGKILL") {
+        return Some("out of memory? `dmesg` tells, and `handover check` compares what is free");
+    }
+    if ["SIGSEGV", "SIGBUS", "SIGILL"].iter().any(|signal| exit.contains(signal)) {
+        return Some("is the file whole, and built for this machine? `handover check --exe` looks");
+    }
+    silent.then_some("it wrote nothing to stderr: see its own log")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_end_tells_is_told() {
+        let of = |exit, silent| advice(Failure::Exited, "", Some(exit), silent).unwrap_or("");
+        assert!(of("exited with status 0", true).contains("foreground"));
+        assert!(of("was killed by SIGKILL", true).contains("dmesg"));
+        assert!(of("was killed by SIGSEGV and dumped core", true).contains("handover check"));
+        assert!(of("exited with status 1", true).contains("wrote nothing"));
+        assert_eq!(of("exited with status 1", false), "", "its own words say it");
+        assert_eq!(of("exited with status 101", false), "");
+    }
+}
