@@ -108,9 +108,14 @@ class InFlight:
 class Oracle:
     """The load client; its report at the end."""
 
-    def __init__(self, *load: str, port: int = PORT) -> None:
+    def __init__(self, case: unittest.TestCase, *load: str, port: int = PORT) -> None:
         command = [os.path.join(BIN, "oracle"), "--target", f"127.0.0.1:{port}", *load, "--json"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        case.addCleanup(self._end)
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
     def stop(self) -> Dict[str, Any]:
         self._process.terminate()
@@ -252,7 +257,9 @@ class ServiceCase(unittest.TestCase):
                 shown = run("systemctl", "show", "--property=ActiveState,MainPID,NRestarts", service.unit).stdout
                 fields = dict(line.split("=", 1) for line in shown.splitlines())
                 pid = int(fields["MainPID"])
-                seen.append((fields["ActiveState"], fields["NRestarts"], "lives" if lives(pid) else f"{pid} is gone"))
+                # It may have gone since; then systemd must know of another by now.
+                good = lives(pid) or service.main_pid() not in (0, pid)
+                seen.append((fields["ActiveState"], fields["NRestarts"], "lives" if good else f"{pid} is gone"))
 
         thread = threading.Thread(target=watch)
         thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unittest
 
 from lab import InFlight, Oracle, ServiceCase, lives, run, wait_for, who
@@ -74,7 +75,7 @@ class Reload(ServiceCase):
             self.assertTrue(lives(old))
             new = service.main_pid()
             self.assertNotEqual(new, old)
-            self.assertEqual(service.show("StatusText"), "generation 2 serves, 1 older drain")
+            wait_for("that is told", lambda: service.show("StatusText") == "generation 2 serves, 1 older drain")
             request.end()
             self.assertEqual(request.answer, f"gen=1 pid={old}")
             wait_for("the old process ends", lambda: not lives(old))
@@ -94,14 +95,13 @@ class Reload(ServiceCase):
                 service.write_from_page("library")
                 service.start()
                 cookies = service.cookies()
-                load = Oracle("--new", "4", "--rate", "300", "--kept", "8", "--slow", "2:1", "--monotonic")
+                load = Oracle(self, "--new", "4", "--rate", "300", "--kept", "8", "--slow", "2:1", "--monotonic")
                 with self.watched(service) as seen:
                     for generation in range(2, 12):
                         wait_for("few drain", lambda: len(service.status()["draining"]) < 4)
                         service.reload_well()
-                        self.assertRegex(
-                            service.show("StatusText"), rf"^generation {generation} serves(, [1-9] older drain)?$"
-                        )
+                        told = rf"generation {generation} serves(, [1-9] older drain)?"
+                        wait_for("that is told", lambda t=told: re.fullmatch(t, service.show("StatusText")))
                 report = load.stop()
                 self.assertEqual(report["failed"], 0, report)
                 self.assertEqual(len(report["generations"]), 11, report)

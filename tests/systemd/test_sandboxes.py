@@ -66,7 +66,7 @@ class Hardened(ServiceCase):
         service.install("axum")
         service.write_from_page("hardened")
         service.start()
-        load = Oracle("--new", "4", "--kept", "4", "--monotonic")
+        load = Oracle(self, "--new", "4", "--kept", "4", "--monotonic")
         service.reload_well()
         service.reload_well()
         report = load.stop()

@@ -31,7 +31,7 @@ class SocketActivation(ServiceCase):
         self.assertEqual(who(), (1, service.main_pid()))
         (listener,) = service.status()["listeners"]
         self.assertEqual((listener["name"], listener["source"]), ("http", "activated"))
-        load = Oracle("--new", "4", "--kept", "4", "--monotonic")
+        load = Oracle(self, "--new", "4", "--kept", "4", "--monotonic")
         for _ in range(3):
             service.reload_well()
         report = load.stop()
@@ -111,7 +111,7 @@ class Store(ServiceCase):
         service = self.begin()
         cookies = service.cookies()
         new, kept = 4, 8
-        load = Oracle("--new", str(new), "--kept", str(kept), "--patience", "20s")
+        load = Oracle(self, "--new", str(new), "--kept", str(kept), "--patience", "20s")
         for _ in range(3):
             first = service.status()["connections"]["accepted"]
             wait_for("the load runs", lambda f=first: service.status()["connections"]["accepted"] > f + 50)
@@ -163,7 +163,7 @@ class Store(ServiceCase):
         self.assertNotEqual(run("systemctl", "restart", service.unit, check=False).returncode, 0)
         self.assertIn("Address already in use", service.journal())
         service.stop()
-        run("systemctl", "reset-failed", service.unit)
+        run("systemctl", "reset-failed", service.unit, check=False)
         service.start()
         self.assertEqual(service.status()["listeners"][0]["address"], "127.0.0.1:8080")
 
