@@ -7,6 +7,7 @@
 #   unit     the library's own tests and the examples in its documentation
 #   it       tests with real processes
 #   python   the protocol, played from each side by Python as docs/protocol.md tells it
+#   systemd  scripts/systemd-test.sh: the servers under a real systemd, in namespaces of its own
 #   demo     scripts/demo.sh
 #   load     scripts/load.sh: 50 upgrades under load, in a network namespace of its own
 #   soak     scripts/soak.sh, a short one
@@ -16,7 +17,7 @@
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
-all=(shell unit it python demo load soak)
+all=(shell unit it python systemd demo load soak)
 parts=()
 for argument in "$@"; do
     case $argument in
@@ -32,6 +33,7 @@ needs() {
     case $1 in
         shell) echo shellcheck:shellcheck ;;
         python) echo python3:python3 ;;
+        systemd) echo systemctl:systemd python3:python3 unshare:util-linux findmnt:util-linux ;;
         load) echo wrk:wrk h2load:nghttp2-client ip:iproute2 unshare:util-linux ;;
     esac
 }
@@ -74,9 +76,21 @@ leave_out() {
 run() {
     case $1 in
         shell) shellcheck .ci/run scripts/*.sh ;;
-        unit) cargo test --all-features --lib --bins && cargo test --all-features --doc ;;
-        it) cargo test --all-features --tests --examples ;;
-        python) cargo build --all-features --examples --bins && python3 -m unittest discover tests/python ;;
+        unit)
+            cargo test --all-features --lib --bins
+            cargo test --all-features --doc
+            ;;
+        it)
+            # The programs that the tests start. `cargo test --examples` would build them as tests instead.
+            cargo build --all-features --examples --bins
+            cargo test --all-features --test it
+            cargo test --all-features --example oracle arguments_are_checked
+            ;;
+        python)
+            cargo build --all-features --examples --bins
+            python3 -m unittest discover tests/python
+            ;;
+        systemd) scripts/systemd-test.sh ;;
         demo) scripts/demo.sh --upgrades 3 ;;
         load) scripts/load.sh ;;
         soak) scripts/soak.sh --upgrades 30 ;;
@@ -90,6 +104,8 @@ for part in "${parts[@]}"; do
         leave_out "$part" "apt install ${lacking//$'\n'/ }"
     elif [[ $part == load ]] && ! has_namespaces; then
         leave_out "$part" "it needs a network namespace: run it as root"
+    elif [[ $part == systemd ]] && ((EUID != 0)); then
+        leave_out "$part" "it makes namespaces with a systemd in them: run it as root"
     else
         begun=$SECONDS
         printf '\n%s--- %s%s\n' "$bold" "$part" "$plain"

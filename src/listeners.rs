@@ -132,6 +132,17 @@ impl Inherited {
         let source = Source::Activated;
         Ok(Some(Self { name, kind, address, cookie, path: None, backlog: None, source, activated: true, fd }))
     }
+
+    /// From an fd that an earlier run of this service has put into the service manager's store: this service chose its
+    /// address, and made its path.
+    pub(crate) fn stored(name: String, fd: OwnedFd) -> io::Result<Option<Self>> {
+        let Some(inherited) = Self::activated(name, fd)? else { return Ok(None) };
+        let path = match &inherited.address {
+            Address::Path(path) => bind::identity_of(path).ok(),
+            _ => None,
+        };
+        Ok(Some(Self { path, activated: false, ..inherited }))
+    }
 }
 
 /// What to do with listeners that were handed over and that the new build does not ask for before it is ready.
@@ -156,7 +167,7 @@ pub(crate) struct Entry {
     pub(crate) path: Option<PathIdentity>,
     pub(crate) backlog: Option<u32>,
     pub(crate) source: Source,
-    activated: bool,
+    pub(crate) activated: bool,
     pub(crate) socket: Arc<GatedSocket>,
     /// What is to be applied to the kept socket at commit.
     pending: Pending,
@@ -350,14 +361,13 @@ impl Listeners {
                 if let (Address::Path(path), Some(identity)) = (&inherited.address, inherited.path) {
                     bind::unlink_if_ours(path, identity);
                 }
-                if !taken {
-                    self.closed_names.push(inherited.name);
-                }
+                self.closed_names.push(inherited.name);
             }
         }
     }
 
-    /// Listeners that an earlier generation had and that nobody has any more.
+    /// Names of sockets that an earlier generation had and that are closed. A listener that was bound anew at another
+    /// address has such a name, too.
     pub(crate) fn closed_names(&self) -> &[String] {
         &self.closed_names
     }

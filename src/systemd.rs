@@ -125,12 +125,32 @@ impl Notifier {
     /// Puts a listener into the fd store (`FileDescriptorStoreMax=`), which outlives a crash. systemd keeps one of each
     /// socket, however often it is sent.
     pub(crate) fn store(&self, name: &str, listener: BorrowedFd<'_>) {
-        self.send_with(&["FDSTORE=1", &format!("FDNAME={name}")], &[listener]);
+        match store_name(name) {
+            Some(name) => self.send_with(&["FDSTORE=1", &format!("FDNAME={name}")], &[listener]),
+            None => log::warn!("listener `{name}` is not put into the fd store, whose names are short and ASCII"),
+        }
     }
 
     pub(crate) fn remove_from_store(&self, name: &str) {
-        self.send(&["FDSTOREREMOVE=1", &format!("FDNAME={name}")]);
+        if let Some(name) = store_name(name) {
+            self.send(&["FDSTOREREMOVE=1", &format!("FDNAME={name}")]);
+        }
     }
+}
+
+/// Tells what we have stored ourselves from the sockets of a `.socket` unit: LISTEN_FDS brings both, and only the latter
+/// have an address that the unit has chosen.
+const STORE_PREFIX: &str = "handover.";
+const STORE_NAME_BYTES_MAX: usize = 255;
+
+fn store_name(name: &str) -> Option<String> {
+    let whole = format!("{STORE_PREFIX}{name}");
+    (whole.is_ascii() && whole.len() <= STORE_NAME_BYTES_MAX).then_some(whole)
+}
+
+/// The listener's name, if `name` is one that it has in the store.
+pub(crate) fn name_in_store(name: &str) -> Option<&str> {
+    name.strip_prefix(STORE_PREFIX)
 }
 
 /// A message is lines; a status is one of them.

@@ -131,11 +131,13 @@ pub(crate) enum Action {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Upgrade {
     stage: Stage,
+    /// So that the next time is the second.
+    told_to_stop: bool,
 }
 
 impl Upgrade {
     pub(crate) fn new() -> Self {
-        Self { stage: Stage::Serving }
+        Self { stage: Stage::Serving, told_to_stop: false }
     }
 
     pub(crate) fn stage(&self) -> Stage {
@@ -194,6 +196,8 @@ impl Upgrade {
             }
 
             (S::Serving, E::Stop) => (S::Draining, [&[A::ShutGate], &drain()[..]].concat()),
+            // `systemctl stop` tells every process of the unit: one that drains after an upgrade is to finish, too.
+            (S::Draining, E::Stop) if !self.told_to_stop => (S::Draining, vec![]),
             (S::Draining, E::Stop | E::TimedOut(Timer::Drain)) => (S::Draining, vec![A::Disarm(Timer::Drain), A::Cut]),
             (S::Draining, E::Idle) => (S::Drained, vec![A::Disarm(Timer::Drain), A::Finish]),
 
@@ -202,6 +206,7 @@ impl Upgrade {
             (stage, _) => (stage, vec![]),
         };
         self.stage = next;
+        self.told_to_stop |= event == E::Stop;
         actions
     }
 }

@@ -32,6 +32,7 @@ impl From<Outcome> for Exit {
             Outcome::Upgraded | Outcome::Stopped => Self::Done,
             Outcome::Cut => Self::Cut,
             Outcome::Busy => Self::Busy,
+            Outcome::Ended => Self::NothingServes,
             Outcome::NotPermitted => Self::NotPermitted,
             Outcome::BadRequest => Self::Usage,
             _ => Self::Failed,

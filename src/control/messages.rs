@@ -179,6 +179,8 @@ pub enum Outcome {
     Failed,
     /// The new process failed in the trial; the old one accepts again.
     RolledBack,
+    /// Not upgraded, because the process was told to stop meanwhile; it drains.
+    Ended,
     /// Another upgrade is under way, too many generations drain, or the process itself is draining.
     Busy,
     /// The peer's uid may not ask.

@@ -66,13 +66,17 @@ impl Server {
         let directory = directory.map_or_else(directory::default_path, Path::to_path_buf);
         directory::prepare(&directory)?;
         let path = directory.join(format!("{}.sock", std::process::id()));
-        let failed = |error: io::Error| Error::io(format!("listen on the control socket {}", path.display()), error);
+        let failed = |error: io::Error| {
+            let error = Error::io(format!("listen on the control socket {}", path.display()), error);
+            match error.cause_is(io::ErrorKind::AddrInUse) {
+                true => error.mend("a process of another container has this pid: give each its own HANDOVER_DIR"),
+                false => error,
+            }
+        };
         remove_left_overs(&directory);
-        // A left-over of a process that had our pid: whoever it was, it is not alive.
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
+        // A left-over of a process that had our pid. Where containers share the directory it may be alive, in another
+        // pid namespace; then the address is in use, and that is told.
+        remove_unless_answered(&path);
         let listener = UnixListener::bind(&path).map_err(failed)?;
         // The directory keeps others out until this is done.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
@@ -329,5 +333,24 @@ fn is_out_of_fds(error: &io::Error) -> bool {
 impl AsFd for Server {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.listener.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two containers that share the directory may both have pid 1.
+    #[test]
+    fn a_socket_that_answers_is_not_taken_from_its_process() {
+        let directory = std::env::temp_dir().join(format!("handover-server-{}", std::process::id()));
+        let first = Server::bind(Some(&directory)).unwrap();
+        let error = Server::bind(Some(&directory)).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("Address already in use") && error.contains("HANDOVER_DIR"), "{error}");
+        UnixStream::connect(&first.path).unwrap();
+        drop(first);
+        // Nobody answers any more: a left-over.
+        Server::bind(Some(&directory)).unwrap().unlink();
+        fs::remove_dir(&directory).unwrap();
     }
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::Engine;
 use super::attempt::Attempt;
+use crate::inherit;
 use crate::upgrade::{Origin, Stage};
 
 impl Engine {
@@ -43,6 +44,17 @@ impl Engine {
         }
     }
 
+    /// After a signal, which may be systemd's own (`Type=notify-reload`): it waits to hear that the upgrade has begun, and
+    /// then that it is over.
+    pub(super) fn tell_manager_of_refusal(&self, what: &str) {
+        if self.upgrade.in_flight() {
+            self.tell_manager_of_upgrade();
+        } else if self.upgrade.stage() == Stage::Serving && self.inherit.owns() {
+            self.tell_manager_of_upgrade();
+            self.tell_manager_of_failure(what);
+        }
+    }
+
     /// While this process is still the main one, and before the new one says anything itself. One that pulled was started
     /// by another unit.
     pub(super) fn tell_manager_of_successor(&mut self) {
@@ -57,7 +69,9 @@ impl Engine {
     }
 
     pub(super) fn tell_manager_of_drain(&self) {
-        if let Some(notifier) = self.notifier.as_ref().filter(|_| !self.drain.upgraded) {
+        // A new build that is refused ends, and the service goes on.
+        let ends = !self.drain.upgraded && self.inherit.stage() != inherit::Stage::Refused;
+        if let Some(notifier) = self.notifier.as_ref().filter(|_| ends) {
             notifier.stopping(&format!("draining {} connections", self.shared.connections.open()));
         }
     }
@@ -69,7 +83,8 @@ impl Engine {
         };
         let listeners = self.shared.listeners();
         listeners.closed_names().iter().for_each(|name| notifier.remove_from_store(name));
-        for entry in listeners.entries() {
+        // Those of a `.socket` unit are the service manager's in any case.
+        for entry in listeners.entries().filter(|entry| !entry.activated) {
             if let Some(fd) = entry.socket.fd() {
                 notifier.store(&entry.name, fd.as_fd());
             }

@@ -46,6 +46,9 @@ impl Engine {
     ) {
         if let Some(refusal) = self.refusal() {
             log::warn!("upgrade refused: {}", refusal.message);
+            if let (Requester::Nobody, Origin::Push) = (&requester, origin) {
+                self.tell_manager_of_refusal(&refusal.message);
+            }
             return self.answer(requester, refusal);
         }
         let mut attempt = Attempt::new(request, origin, requester);
@@ -278,8 +281,10 @@ impl Engine {
                 attempt.claims = claims;
                 Event::Ready
             }
-            (_, Message::GaveUp { reason }) => self.failed(Failure::GaveUp, format!("gave up: {reason}")),
-            (_, Message::Stopping) => Event::NewIsStopping,
+            (S::Adopted | S::Trial, Message::GaveUp { reason }) => {
+                self.failed(Failure::GaveUp, format!("gave up: {reason}"))
+            }
+            (S::Trial, Message::Stopping) => Event::NewIsStopping,
             (S::Trial, Message::Accepting { listeners }) => {
                 attempt.accepting = Some(listeners);
                 // Nothing follows from it before the end of the trial.
@@ -427,6 +432,7 @@ impl Engine {
             _ => format!("process {pid} (generation {generation}) serves on"),
         };
         let verdict = if outcome == Outcome::RolledBack { "rolled back" } else { "not upgraded" };
+        let outcome = if failure == Failure::Stopped { Outcome::Ended } else { outcome };
         let result = ResultEvent {
             at_ms: Some(attempt.elapsed_ms()),
             pid: Some(pid.cast_signed()),

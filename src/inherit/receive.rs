@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind};
 use crate::listeners::{Inherited, Source, address_of_offered, kind_of};
 use crate::protocol::{
     AdoptedListener, BuildIdentity, CHANNEL_VARIABLE, DrainingGeneration, Message, Offer, OfferedListener,
-    STATE_BYTES_MAX, VERSIONS,
+    STATE_BYTES_MAX, VERSIONS, name_is_valid,
 };
 use crate::state::HandedState;
 use crate::sys;
@@ -175,6 +175,9 @@ fn check(offer: Offer, fds: Vec<OwnedFd>, old_pid: Option<i32>) -> Result<Handed
 
 fn adopt(listener: OfferedListener, fd: OwnedFd) -> Result<Inherited, String> {
     let io = |error: io::Error| error.to_string();
+    if !name_is_valid(&listener.name) {
+        return Err("that is no valid name".to_owned());
+    }
     let socket = SockRef::from(&fd);
     let cookie = socket.cookie().map_err(io)?;
     if cookie != listener.cookie {

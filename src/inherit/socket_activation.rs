@@ -5,6 +5,7 @@ use std::env;
 use crate::listeners::Inherited;
 use crate::protocol::FDS_MAX;
 use crate::sys;
+use crate::systemd::name_in_store;
 
 const FIRST_FD: i32 = 3;
 
@@ -27,7 +28,11 @@ pub(crate) fn from_environment() -> Vec<Inherited> {
             continue;
         };
         let nonblocking = socket2::SockRef::from(&fd).set_nonblocking(true);
-        match nonblocking.and_then(|()| Inherited::activated(name.clone(), fd)) {
+        let inherited = nonblocking.and_then(|()| match name_in_store(&name) {
+            Some(name) => Inherited::stored(name.to_owned(), fd),
+            None => Inherited::activated(name.clone(), fd),
+        });
+        match inherited {
             Ok(Some(inherited)) => found.push(inherited),
             Ok(None) => log::warn!("`{name}` of LISTEN_FDS is not of a kind that handover serves: ignored"),
             Err(error) => log::warn!("`{name}` of LISTEN_FDS is ignored: {error}"),

@@ -115,7 +115,7 @@ fn answers(path: &Path, kind: Type) -> io::Result<bool> {
     }
 }
 
-fn identity_of(path: &Path) -> io::Result<PathIdentity> {
+pub(super) fn identity_of(path: &Path) -> io::Result<PathIdentity> {
     let metadata = fs::symlink_metadata(path)?;
     Ok(PathIdentity { device: metadata.dev(), inode: metadata.ino() })
 }

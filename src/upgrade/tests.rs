@@ -101,6 +101,14 @@ fn a_second_stop_cuts_what_is_left() {
 }
 
 #[test]
+fn the_first_stop_of_a_process_that_drains_after_an_upgrade_cuts_nothing() {
+    let over = [TO_TRIAL, &[Event::TimedOut(Timer::Trial)]].concat();
+    assert_eq!(then(&over, Event::Stop), (Stage::Draining, vec![]));
+    let (stage, actions) = then(&[&over[..], &[Event::Stop]].concat(), Event::Stop);
+    assert_eq!((stage, actions.contains(&Action::Cut)), (Stage::Draining, true));
+}
+
+#[test]
 fn nothing_starts_twice_and_nothing_late_matters() {
     for event in [
         Event::Spawned,

@@ -24,6 +24,16 @@ fn each_once(mut numbers: Vec<u64>, wanted: impl Iterator<Item = u64>) {
     assert_eq!(numbers, wanted.collect::<Vec<_>>());
 }
 
+/// A wait with a timeout is not restarted after a stop of this process (signal(7)).
+fn uninterrupted(mut receive: impl FnMut() -> std::io::Result<usize>) -> usize {
+    loop {
+        match receive() {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            result => return result.unwrap(),
+        }
+    }
+}
+
 struct Client {
     socket: UdpSocket,
 }
@@ -42,7 +52,7 @@ impl Client {
 
     fn receive(&self) -> (Answer, u64) {
         let mut buffer = [0; 256];
-        let length = self.socket.recv(&mut buffer).unwrap();
+        let length = uninterrupted(|| self.socket.recv(&mut buffer));
         read(&buffer[..length])
     }
 
@@ -109,7 +119,7 @@ fn the_same_for_unix_datagrams() {
     client.set_write_timeout(Some(LONG)).unwrap();
     let receive = || {
         let mut buffer = [0; 256];
-        let length = client.recv(&mut buffer).unwrap();
+        let length = uninterrupted(|| client.recv(&mut buffer));
         read(&buffer[..length])
     };
     // The queue of a Unix datagram socket holds no more than this (net.unix.max_dgram_qlen).

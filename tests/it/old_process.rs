@@ -148,7 +148,7 @@ fn killed_with_the_new_one_nothing_serves_and_that_is_said() {
 fn is_aborted_by_sigterm(point: &str) {
     let midway = Midway::at(point);
     midway.server.signal(midway.old, Signal::SIGTERM);
-    let run = midway.upgrade.finish().exits_with(1);
+    let run = midway.upgrade.finish().exits_with(8);
     let message = run.last_json()["message"].as_str().unwrap().to_owned();
     let wanted = format!("was not ready when this process was told to stop; process {} is draining", midway.old);
     assert!(message.contains(&wanted), "{message}");
@@ -183,15 +183,18 @@ fn told_to_stop_in_the_trial() {
     server.assert_only(server.pid());
 }
 
-/// It drains already, so this is the second time: what is left is cut, and counted.
+/// `systemctl stop` tells every process of the unit: this one finishes, as it would have. The second time it is cut.
 #[test]
 fn told_to_stop_in_the_drain() {
     let server = Server::http();
     let old = server.pid();
     let slow = ask(server.address(), "/slow/60");
-    eventually("a request in flight", || (server.status(old).connections.open == 1).then_some(()));
+    let short = ask(server.address(), "/slow/2");
+    eventually("requests in flight", || (server.status(old).connections.open == 2).then_some(()));
     let mut upgrade = server.begin_upgrade(&["--wait", "drained"]);
     upgrade.wait_for_line("draining");
+    server.signal(old, Signal::SIGTERM);
+    assert_eq!(short.answerer().pid.cast_signed(), old);
     server.signal(old, Signal::SIGTERM);
     upgrade.finish().exits_with(5).complains("1 connection was closed at the drain deadline");
     drop(slow);

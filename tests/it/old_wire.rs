@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{IoSlice, Read, Write};
+use std::net::SocketAddr;
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -121,12 +122,23 @@ fn ends_with(mut child: Child, code: i32) {
     assert_eq!(status.code(), Some(code));
 }
 
+/// Keeps other tests, which ask for any port, from this one. Whoever asks for it by number can bind it all the same.
+fn reserve(address: SocketAddr) -> socket2::Socket {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    // A process that another test is about to start may hold the listener for a moment.
+    eventually("the address to be free", || socket.bind(&address.into()).ok());
+    socket
+}
+
 /// Nobody serves: this process must, as the first generation.
 #[track_caller]
 fn serves_as_the_first(old: Old, home: Home, child: Child) {
     let address = old.listener.local_addr().unwrap();
-    // The listener dies with the old process.
-    drop(old);
+    // The listener dies with the old process: no later than its channel.
+    drop(old.listener);
+    let _reserved = reserve(address);
+    drop(old.channel);
     let server = Server::adopt(home, child);
     server.wait_until(server.first_pid(), State::Serving);
     assert_eq!((server.address(), server.answerer().generation), (address, 1));

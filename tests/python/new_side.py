@@ -53,6 +53,8 @@ FAULTS = (
     "no-accepting",
     "gave-up",
     "gave-up-in-trial",
+    "gave-up-too-early",
+    "stopping-too-early",
     "slow-start",
     "garbage-in-trial",
     "close-channel-in-trial",
@@ -385,7 +387,8 @@ class NewSide:
 
 def leave_with(code: int) -> Callable[[NewSide], None]:
     def leave(_: NewSide) -> None:
-        raise SystemExit(code)
+        # Not by way of the interpreter, which closes the channel long before the process is gone.
+        os._exit(code)
 
     return leave
 
@@ -401,6 +404,8 @@ MISBEHAVIOUR: Dict[Tuple[str, str], Callable[[NewSide], None]] = {
     ("oversized-length", "offered"): sending(protocol.encode_header(Kind.ADOPTED, protocol.MAX_BODY + 1, 0)),
     ("too-many-fds", "offered"): sending(protocol.encode_header(Kind.ADOPTED, 2, protocol.MAX_FDS + 1) + b"{}"),
     ("unknown-kind", "offered"): sending(protocol.encode_header(77, 2, 0) + b"{}"),
+    ("gave-up-too-early", "offered"): sending(protocol.encode_frame(Kind.GAVE_UP, {"reason": "no"})),
+    ("stopping-too-early", "adopted"): sending(protocol.encode_frame(Kind.STOPPING, {})),
     ("newer-version", "offered"): NewSide.refuse_as_newer,
     ("close-channel", "offered"): NewSide.close_channel_and_linger,
     ("exit-0", "offered"): leave_with(0),

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any, Collection, Deque, Dict, List, Optional, Set, Tuple
 
@@ -58,6 +59,9 @@ LAST_WORD_SECONDS = 0.5
 EXIT_SECONDS_AFTER_CHANNEL = 0.2
 EXIT_SECONDS_AFTER_DECLINING = 0.5
 ACCEPTING_SECONDS = 0.5
+# On a busy machine clients wait that long for a good build too.
+JUDGED_AFTER_SECONDS = 1.0
+JUDGED_EVERY_SECONDS = 0.01
 GARBAGE = b"HTTP/1.1 400 Bad Request\r\n\r\n"
 EXIT_SECONDS = 5.0
 FAULT_EXIT_CODE = 70
@@ -335,6 +339,7 @@ class Upgrade:
     def commit(self) -> None:
         self.server.shut_gate()
         self.committed = True
+        self.earliest_judgement = time.monotonic() + JUDGED_AFTER_SECONDS
         self.candidate.channel.send(Kind.COMMIT, {}, deadline=self.ready_deadline())
         report("old", "committed")
 
@@ -347,9 +352,7 @@ class Upgrade:
                     self.misbehave_in_trial()
             if self.stopping:
                 return
-            if self.accepting is None:
-                self.await_late_accepting()
-            self.check_queues()
+            self.judge()
         except ToldToStop:
             # It wants no server any more that would accept again.
             return
@@ -365,18 +368,31 @@ class Upgrade:
             self.accepting = set(frame.body["listeners"])
             report("old", "accepting", listeners=sorted(self.accepting))
 
-    def await_late_accepting(self) -> None:
-        try:
-            self.hear_in_trial(Deadline(ACCEPTING_SECONDS))
-        except DeadlinePassed:
-            raise UpgradeFailed("the new process did not answer the commit") from None
+    def judge(self) -> None:
+        """Whether the new process serves, now that the trial is over."""
+        if self.accepting is None:
+            self.hear_more(ACCEPTING_SECONDS)
+        while not self.stopping:
+            fault = self.why_it_does_not_serve()
+            if fault is None:
+                return
+            if time.monotonic() >= self.earliest_judgement:
+                raise UpgradeFailed(fault)
+            self.hear_more(JUDGED_EVERY_SECONDS)
 
-    def check_queues(self) -> None:
+    def hear_more(self, seconds: float) -> None:
+        with contextlib.suppress(DeadlinePassed):
+            self.hear_in_trial(Deadline(seconds))
+
+    def why_it_does_not_serve(self) -> Optional[str]:
+        if self.accepting is None:
+            return "the new process did not answer the commit"
         for listener in self.listeners:
             # This process itself never waited on datagram sockets.
-            is_served = listener.kind == "udp" or listener.name in (self.accepting or ())
+            is_served = listener.kind == "udp" or listener.name in self.accepting
             if listener.name in self.kept and not is_served and protocol.is_readable(listener.sock):
-                raise UpgradeFailed(f"connections wait on {listener.name}, where the new process never waited")
+                return f"connections wait on {listener.name}, where the new process never waited"
+        return None
 
     def misbehave_in_trial(self) -> None:
         self.die_if("die-in-trial")

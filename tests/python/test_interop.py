@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import unittest
@@ -38,8 +39,6 @@ from harness import (  # noqa: E402
     connect,
     has_ended,
     kill_orphan,
-    read_answer,
-    send_request,
     steady_clients,
     wait_until,
 )
@@ -85,23 +84,27 @@ class Fault:
 
 
 EXITED_1 = "exited with status 1"
+# The channel ends before the process has; on a busy machine the 200 ms that it is given then may pass.
+OR_ONLY_ITS_CHANNEL = "|closed the channel)"
 BEFORE_COMMIT = {
     "garbage": Fault(r"sent bytes that are no frame \(\"HTTP/1.1 400 Bad", KILLED),
     "oversized-length": Fault("sent a frame of 4194305 bytes, more than 4194304", KILLED),
     "too-many-fds": Fault("sent a frame of 16385 fds, more than 16384", KILLED),
     "unknown-kind": Fault("sent a frame of kind 77, which version 1 of the protocol does not have", KILLED),
+    "gave-up-too-early": Fault("sent `gave-up` out of turn", KILLED),
+    "stopping-too-early": Fault("sent `stopping` out of turn", KILLED),
     "wrong-cookie": Fault("adopted other sockets than those that were offered", KILLED),
     "fewer-listeners": Fault("adopted 0 listeners, not the 1 that were offered", KILLED),
     "newer-version": Fault("refused the handover: the offered versions are too old", EXITED_1, "are too old"),
     "close-channel": Fault("closed the channel", KILLED),
-    "exit-0": Fault("exited with status 0 before it was ready", "exited with status 0"),
-    "exit-1": Fault("exited with status 1 before it was ready", EXITED_1),
+    "exit-0": Fault(f"(exited with status 0 before it was ready{OR_ONLY_ITS_CHANNEL}", "exited with status 0"),
+    "exit-1": Fault(f"({EXITED_1} before it was ready{OR_ONLY_ITS_CHANNEL}", EXITED_1),
     "hang-before-adopted": Fault("was not ready within 400ms", KILLED),
     "hang-before-ready": Fault("was not ready within 400ms", KILLED),
     "gave-up": Fault("gave up: the database does not answer", EXITED_1, "new_side: the database does not answer"),
 }
 IN_TRIAL = {
-    "die-in-trial": Fault("was killed by SIGKILL within the trial", KILLED),
+    "die-in-trial": Fault(f"({KILLED} within the trial{OR_ONLY_ITS_CHANNEL}", KILLED),
     "never-accept": Fault("became ready and never accepted on listener `http`, where clients wait", KILLED),
     "no-accepting": Fault("became ready and did not answer the commit", KILLED),
     "gave-up-in-trial": Fault("gave up: the database does not answer", f"{KILLED}|{EXITED_1}"),
@@ -111,8 +114,8 @@ IN_TRIAL = {
 HARMLESS = {"slow-start"}
 # A puller lives on after these until it notices; of the others it is known how it ends.
 PULLER_IS_ABORTED = {
-    "garbage", "oversized-length", "too-many-fds", "unknown-kind", "wrong-cookie", "fewer-listeners",
-    "hang-before-adopted", "hang-before-ready",
+    "garbage", "oversized-length", "too-many-fds", "unknown-kind", "gave-up-too-early", "stopping-too-early",
+    "wrong-cookie", "fewer-listeners", "hang-before-adopted", "hang-before-ready",
 }  # fmt: skip
 
 REFUSED = {
@@ -320,7 +323,7 @@ class RustOldPushes(InteropCase):
 
     def test_slow_start_outlasts_the_timeout(self) -> None:
         rust = self.start_axum()
-        upgrade = self.upgrade(rust, "--fault", "slow-start", "--starting-interval-ms", "700", ready_timeout="1500ms")
+        upgrade = self.upgrade(rust, "--fault", "slow-start", "--starting-interval-ms", "1200", ready_timeout="3s")
         self.assert_upgraded(rust, upgrade)
         self.assertEqual(upgrade.stages.count("starting"), 3)
 
@@ -461,8 +464,8 @@ class RustOldIsPulledFrom(InteropCase):
         self.assertEqual(set(answers), {f"gen=1 pid={rust.pid}", f"gen=2 pid={new.pid}"})
 
     def test_slow_start(self) -> None:
-        rust = self.start_pullable(ready_timeout_ms="1500")
-        self.assert_pulled(rust, self.pull(rust, "--fault", "slow-start", "--starting-interval-ms", "700"))
+        rust = self.start_pullable(ready_timeout_ms="3000")
+        self.assert_pulled(rust, self.pull(rust, "--fault", "slow-start", "--starting-interval-ms", "1200"))
 
     def test_two_pullers_at_once(self) -> None:
         rust = self.start_pullable()
@@ -490,7 +493,8 @@ class RustOldIsPulledFrom(InteropCase):
         else:
             self.assert_ends_with(new, 0 if name == "exit-0" else 1, fault.stderr)
         # How the process of another ended nobody tells.
-        message = "ended before it was ready" if name.startswith("exit") else fault.message
+        ended = f"(ended before it was ready{OR_ONLY_ITS_CHANNEL}"
+        message = ended if name.startswith("exit") else fault.message
         self.assert_pull_failed(rust, "failed", message)
 
     @for_each(IN_TRIAL)
@@ -501,7 +505,7 @@ class RustOldIsPulledFrom(InteropCase):
         new.log.wait("new", "accepting")
         if name == "never-accept":
             self.assert_served_by(1, rust.pid)
-        message = "ended within the trial" if name == "die-in-trial" else fault.message
+        message = f"(ended within the trial{OR_ONLY_ITS_CHANNEL}" if name == "die-in-trial" else fault.message
         self.assert_pull_failed(rust, "rolled-back", message)
         allowed = (1, -signal.SIGKILL) if name == "gave-up-in-trial" else (-signal.SIGKILL,)
         self.assertIn(new.exit_code(), allowed)
@@ -680,8 +684,19 @@ class RustNewIsPushed(InteropCase):
         old = self.push("--fault", "truncated-fds", "--extra", "251")
         self.assert_failed(old, "refused: .*252 fds in a message instead of 253")
 
+    @for_each(ABORTED)
+    def manager_hears_nothing_of_an_aborted_build(self, fault: str) -> None:
+        self.environment["NOTIFY_SOCKET"] = self.path("notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(self.environment["NOTIFY_SOCKET"])
+            manager.setblocking(False)
+            old = self.push("--fault", fault, trial_ms="15000")
+            self.assert_failed(old, "the operator changed their mind", ABORTED[fault])
+            with self.assertRaises(BlockingIOError):
+                manager.recv(4096)
+
     def test_stale_inode_starts_a_first_generation(self) -> None:
-        old = self.push("--fault", "stale-inode", ready_timeout_ms="1500", new=["--listen", "127.0.0.1:0"])
+        old = self.push("--fault", "stale-inode", ready_timeout_ms="3000", new=["--listen", "127.0.0.1:0"])
         self.wait_until_child_serves(old)
         status = status_of(old.child())
         self.assertEqual(status["generation"], 1)

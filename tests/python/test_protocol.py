@@ -29,6 +29,7 @@ from handover_protocol import (  # noqa: E402
 from harness import (  # noqa: E402
     LIFETIME_SECONDS,
     LONG_TRIAL,
+    NEW_SIDE,
     OLD_SIDE,
     TRIAL_MS,
     ProcessCase,
@@ -563,6 +564,12 @@ class FaultsOfTheNewSide(ProcessCase):
 
     def test_unknown_kind(self) -> None:
         self.push_fault("unknown-kind", "kind 77")
+
+    def test_gave_up_too_early(self) -> None:
+        self.push_fault("gave-up-too-early", "GAVE_UP is not expected")
+
+    def test_stopping_too_early(self) -> None:
+        self.push_fault("stopping-too-early", "STOPPING is not expected")
 
     def test_wrong_cookie(self) -> None:
         self.push_fault("wrong-cookie", "adopted other listeners")
