@@ -160,12 +160,13 @@ fn v6_only_takes_no_v4() {
     server.upgrade(&[]).exits_with(0);
     let port = server.address().port();
     assert_eq!(ask(format!("[::1]:{port}").parse().unwrap(), "/").answerer().generation, 2);
-    assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
+    // An address of its own: on 127.0.0.1 another test may listen on a port of that number.
+    assert!(std::net::TcpStream::connect(("127.77.0.1", port)).is_err());
 }
 
 #[test]
 fn a_listener_that_is_not_wanted_is_closed() {
-    let server = Server::start(&["--tcp", "http=127.0.0.1:0", "--tcp", "admin=127.0.0.1:0"]);
+    let server = Server::start(&["--tcp", "http=127.0.0.1:0", "--tcp", "admin=127.77.0.1:0"]);
     let admin: SocketAddr = server.address_of("admin").parse().unwrap();
     let arguments = ["--wait", "drained", "--", "--trial", "50ms", "--tcp", "http=127.0.0.1:0"];
     server.upgrade(&arguments).exits_with(0).says("keeps http; does not want admin");
