@@ -2,8 +2,6 @@
 //!
 //! `cargo run --features tokio --example tokio -- --listen 127.0.0.1:7000`, then `handover upgrade --pid <pid>`.
 
-use std::time::Duration;
-
 use clap::Parser;
 use handover::{Config, Connection, Handover};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -41,19 +39,14 @@ async fn echo(handover: Handover, connection: Connection<TcpStream>) -> std::io:
     let (generation, pid) = (handover.generation(), std::process::id());
     let mut connection = BufReader::new(connection);
     let mut line = String::new();
-    let mut draining = handover.draining();
     loop {
+        // Kept connections are closed only when they have been silent for a while: a line may be on its way.
+        tokio::select! {
+            _ = connection.fill_buf() => {}
+            () = handover.lingered() => return Ok(()),
+        }
         line.clear();
-        let read = async {
-            tokio::select! {
-                read = connection.read_line(&mut line) => return read,
-                () = &mut draining => {}
-            }
-            // A line may be on its way: only a silent connection is closed.
-            let read = tokio::time::timeout(Duration::from_secs(5), connection.read_line(&mut line));
-            read.await.unwrap_or(Ok(0))
-        };
-        if read.await? == 0 {
+        if connection.read_line(&mut line).await? == 0 {
             return Ok(());
         }
         connection.write_all(format!("gen={generation} pid={pid} {line}").as_bytes()).await?;

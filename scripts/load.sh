@@ -2,12 +2,13 @@
 # Upgrades the example servers under load in a network namespace of its own, where the kernel's counters tell whether a
 # connection was dropped that no client has missed.
 #
-# Usage: scripts/load.sh [--upgrades N] [axum] [std] [wrk] [h2load]
+# Usage: scripts/load.sh [--upgrades N] [axum] [std] [tokio] [wrk] [h2load]
 #
 #   --upgrades N   of each [50]
 #
 #   axum     the oracle on examples/axum.rs: new and kept connections, requests of 15 s in flight, streams, WebSockets
 #   std      the oracle on examples/std.rs: new and kept connections
+#   tokio    the same on examples/tokio.rs
 #   wrk      wrk on examples/axum.rs, with kept connections and with new ones
 #   h2load   h2load on examples/axum.rs, HTTP/1.1 on kept connections and HTTP/2 with prior knowledge
 #
@@ -21,12 +22,12 @@ while (($#)); do
     case $1 in
         --upgrades) number "$1" "${2:-}" && upgrades=$2 && shift 2 ;;
         --inside) inside=yes && shift ;;
-        axum | std | wrk | h2load) cases+=("$1") && shift ;;
+        axum | std | tokio | wrk | h2load) cases+=("$1") && shift ;;
         -h | --help) help ;;
         *) die "unknown argument \`$1\` (see --help)" ;;
     esac
 done
-((${#cases[@]})) || cases=(axum std wrk h2load)
+((${#cases[@]})) || cases=(axum std tokio wrk h2load)
 
 build --quiet
 if [[ $inside == no ]]; then
@@ -158,7 +159,7 @@ with_loader() {
 for case in "${cases[@]}"; do
     case $case in
         axum) with_oracle axum --new 8 --rate 1000 --kept 16 --slow 2:15 --stream 2 --websocket 2 ;;
-        std) with_oracle std --echo 8 --rate 1000 --echo-kept 16 ;;
+        std | tokio) with_oracle "$case" --echo 8 --rate 1000 --echo-kept 16 ;;
         wrk)
             with_loader 'kept connections' wrk_once
             with_loader 'new connections' wrk_once --header 'Connection: close'

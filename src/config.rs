@@ -98,8 +98,8 @@ impl Config {
         self
     }
 
-    /// How long, once drained, a kept connection may be silent before it is closed: 5 s by default, and up to as much
-    /// again, so that not all clients come back at once. For the HTTP servers of this crate and for
+    /// How long, once drained, a kept connection may be silent before it is closed: 5 s by default, a day at most, and up
+    /// to as much again, so that not all clients come back at once. For the HTTP servers of this crate and for
     /// [`Handover::wait_for_request`](crate::Handover::wait_for_request).
     pub fn linger(mut self, time: Duration) -> Self {
         self.linger = time;

@@ -313,13 +313,16 @@ impl Handover {
     /// Waits until a kept connection has something to read, or is at its end. `false` when it should be closed
     /// instead: this process drains, and the connection has been silent for `linger` (see [`Config::linger`]).
     ///
-    /// For servers with a thread for each connection: call it before reading the next request.
+    /// For servers with a thread for each connection: call it before reading the next request. A client that goes on
+    /// asking keeps its connection until `drain_timeout`, unless the protocol has a word for the end of one, as HTTP/1
+    /// has `Connection: close`: say it when [`Draining::is_draining`].
     ///
     /// # Errors
     ///
     /// That of `poll(2)`.
     pub fn wait_for_request(&self, connection: &impl AsFd) -> io::Result<bool> {
         let connection = connection.as_fd();
+        let called = Instant::now();
         let mut fds = [
             PollFd::new(connection, PollFlags::POLLIN),
             PollFd::new(self.shared.draining_event.as_fd(), PollFlags::POLLIN),
@@ -329,8 +332,9 @@ impl Handover {
             return Ok(true);
         }
         let begun = self.shared.phase.wait(None, |phase| phase.draining.map(|draining| draining.begun));
-        let deadline = self.shared.linger_deadline(begun.unwrap_or_else(Instant::now));
-        crate::poll::wait(connection, PollFlags::POLLIN, Some(deadline))
+        // A connection that was busy when the drain began, or after it, has been silent since its last response.
+        let silent_since = begun.map_or(called, |begun| begun.max(called));
+        crate::poll::wait(connection, PollFlags::POLLIN, Some(silent_since + self.shared.linger()))
     }
 
     /// Replaces this process by its new build, and returns when the trial is over: then this process drains.

@@ -30,6 +30,10 @@ use crate::net::{EXHAUSTED_PAUSE, is_of_the_connection};
 use crate::shared::{Drained, Phase, Shared};
 use crate::tokio::{TcpListener, UnixListener};
 
+use activity::{Activity, ResponseUnderWay, Watched, WatchedBody};
+
+mod activity;
+
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A listener that HTTP can be served on: those of [`handover::tokio`](crate::tokio).
@@ -191,21 +195,27 @@ where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: HttpService,
 {
+    let activity = Activity::new(shared.clone());
     let speaks_http2 = Arc::new(AtomicBool::new(false));
-    let service = LastResponses { service, shared: shared.clone(), speaks_http2: speaks_http2.clone() };
-    let mut connection = pin!(builder.serve_connection_with_upgrades(TokioIo::new(io), service));
+    let service = LastResponses { service, activity: activity.clone(), speaks_http2: speaks_http2.clone() };
+    let io = TokioIo::new(Watched::new(io, activity.clone()));
+    let mut connection = pin!(builder.serve_connection_with_upgrades(io, service));
     let drain = shared.phase.clone().future(|phase: &Phase| phase.draining.map(|draining| draining.begun));
-    let begun: Instant = tokio::select! {
+    let begun = tokio::select! {
         result = connection.as_mut() => return result,
         begun = drain => begun,
     };
     // GOAWAY says which requests are still answered, so HTTP/2 loses nothing at once. An HTTP/1 connection that is
-    // silent may have a request on its way.
-    if !speaks_http2.load(Ordering::Relaxed) {
-        let deadline = tokio::time::Instant::from_std(shared.linger_deadline(begun));
+    // silent may have a request on its way; one that is not says `Connection: close` with its next response.
+    let linger = shared.linger();
+    while !speaks_http2.load(Ordering::Relaxed) {
+        let deadline = activity.silent_since(begun) + linger;
+        if deadline <= Instant::now() {
+            break;
+        }
         tokio::select! {
             result = connection.as_mut() => return result,
-            () = tokio::time::sleep_until(deadline) => {}
+            () = tokio::time::sleep_until(deadline.into()) => {}
         }
     }
     connection.as_mut().graceful_shutdown();
@@ -215,7 +225,7 @@ where
 /// Makes each HTTP/1 response of a process that drains the last one of its connection.
 struct LastResponses<S> {
     service: S,
-    shared: Arc<Shared>,
+    activity: Arc<Activity>,
     speaks_http2: Arc<AtomicBool>,
 }
 
@@ -223,7 +233,7 @@ impl<S, B> Service<Request<Incoming>> for LastResponses<S>
 where
     S: Service<Request<Incoming>, Response = Response<B>>,
 {
-    type Response = Response<B>;
+    type Response = Response<WatchedBody<B>>;
     type Error = S::Error;
     type Future = LastResponse<S::Future>;
 
@@ -232,8 +242,8 @@ where
         if http2 {
             self.speaks_http2.store(true, Ordering::Relaxed);
         }
-        let shared = (!http2).then(|| self.shared.clone());
-        LastResponse { response: self.service.call(request), shared }
+        let under_way = Some(self.activity.begin_response());
+        LastResponse { response: self.service.call(request), activity: self.activity.clone(), under_way, http2 }
     }
 }
 
@@ -242,8 +252,10 @@ pin_project! {
     struct LastResponse<F> {
         #[pin]
         response: F,
-        // None where the response needs no last word: HTTP/2.
-        shared: Option<Arc<Shared>>,
+        activity: Arc<Activity>,
+        // None once it has gone to the body.
+        under_way: Option<ResponseUnderWay>,
+        http2: bool,
     }
 }
 
@@ -251,15 +263,19 @@ impl<F, B, E> Future for LastResponse<F>
 where
     F: Future<Output = Result<Response<B>, E>>,
 {
-    type Output = Result<Response<B>, E>;
+    type Output = Result<Response<WatchedBody<B>>, E>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let mut response = ready!(this.response.poll(context))?;
-        let drains = this.shared.as_ref().is_some_and(|shared| shared.is_draining());
+        let drains = !*this.http2 && this.activity.is_draining();
         if drains && response.status() != StatusCode::SWITCHING_PROTOCOLS {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-        Poll::Ready(Ok(response))
+        let under_way = this.under_way.take();
+        Poll::Ready(Ok(response.map(|body| WatchedBody::new(body, under_way))))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -24,6 +24,9 @@ use crate::state::HandedState;
 use crate::upgrade::spawn::Started;
 use crate::watch::{Watch, lock};
 
+/// So that no sum of times overflows.
+const LINGER_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
 type StateProvider = Box<dyn Fn() -> HandedState + Send>;
 type DrainHook = Box<dyn FnOnce() + Send>;
 
@@ -216,14 +219,13 @@ impl Shared {
         std::mem::take(&mut *lock(&self.drain_hooks))
     }
 
-    /// When a connection that has been silent since the drain began is to be closed: after `linger`, and up to as much
-    /// again, so that the clients of a busy server do not all come back at once.
-    pub(crate) fn linger_deadline(&self, drain_begun: Instant) -> Instant {
-        let linger = self.config.linger;
+    /// How long a connection is to be silent before it is closed: `linger`, and up to as much again, so that the
+    /// clients of a busy server do not all come back at once.
+    pub(crate) fn linger(&self) -> Duration {
+        let linger = self.config.linger.min(LINGER_MAX);
         // Multiples of the golden ratio fall evenly, however many there are.
         let number = self.spread.fetch_add(1, Ordering::Relaxed);
-        let share = f64::from(number.wrapping_mul(2_654_435_769)) / f64::from(u32::MAX);
-        drain_begun + linger + linger.mul_f64(share)
+        linger + linger.mul_f64(f64::from(number.wrapping_mul(2_654_435_769)) / f64::from(u32::MAX))
     }
 
     /// The running build. `/proc/self/exe` is its inode whatever has happened to the path since.

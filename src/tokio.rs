@@ -26,6 +26,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -33,9 +34,36 @@ use tokio::net::{TcpStream, UnixStream};
 
 use crate::connections::Connection;
 use crate::gate::{GateState, Taken};
+use crate::handover::Handover;
 use crate::net::{self, Behind, Datagrams};
+use crate::shared::Phase;
 use crate::sys;
 use crate::watch::{Found, lock};
+
+impl Handover {
+    /// Completes when a kept connection that has been silent since this call should be closed: this process drains,
+    /// and `linger` has passed since the drain began or since the call, whichever was later (see [`Config::linger`]).
+    /// [`wait_for_request`](Self::wait_for_request) for tasks: select it beside the wait for the next request.
+    ///
+    /// ```
+    /// # use handover::{Connection, Handover};
+    /// # use tokio::{io::{AsyncBufReadExt, BufReader}, net::TcpStream};
+    /// # async fn one(handover: Handover, mut connection: BufReader<Connection<TcpStream>>) -> std::io::Result<bool> {
+    /// tokio::select! {
+    ///     bytes = connection.fill_buf() => Ok(!bytes?.is_empty()), // the next request, or the end
+    ///     () = handover.lingered() => Ok(false),                   // close
+    /// }
+    /// # }
+    /// ```
+    ///
+    /// [`Config::linger`]: crate::Config::linger
+    pub async fn lingered(&self) {
+        let called = Instant::now();
+        let drain = self.shared.phase.clone().future(|phase: &Phase| phase.draining.map(|draining| draining.begun));
+        let begun = drain.await;
+        tokio::time::sleep_until((begun.max(called) + self.shared.linger()).into()).await;
+    }
+}
 
 type Registration = Arc<Mutex<Option<AsyncFd<Arc<OwnedFd>>>>>;
 type GateMoved = Found<GateState, fn(&GateState) -> Option<()>>;
@@ -324,5 +352,34 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
 
     fn is_write_vectored(&self) -> bool {
         (**self).is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use crate::config::{Config, Signals};
+    use crate::handover::Handover;
+
+    #[tokio::test]
+    async fn lingering_begins_with_the_drain_or_the_call() {
+        let linger = Duration::from_millis(400);
+        let config = Config::default().without_control_socket().signals(Signals::none()).linger(linger);
+        let handover = Handover::start(config).unwrap();
+        handover.ready().unwrap();
+        assert!(timeout(3 * linger, handover.lingered()).await.is_err(), "not a word of a drain");
+        let _connection = handover.guard();
+        handover.stop();
+        handover.draining().await;
+        for _ in 0..2 {
+            // The second call comes after twice the time since the drain began.
+            let called = std::time::Instant::now();
+            handover.lingered().await;
+            assert!(called.elapsed() >= linger);
+            tokio::time::sleep(linger).await;
+        }
     }
 }

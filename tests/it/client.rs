@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::oracle::Answer;
 use crate::wait::LONG;
@@ -57,4 +58,50 @@ impl<S: Read> Asked<S> {
 #[track_caller]
 pub(crate) fn get(address: SocketAddr, path: &str) -> String {
     ask(address, path).body()
+}
+
+/// A connection for several requests.
+pub(crate) struct Kept(TcpStream);
+
+impl Kept {
+    pub(crate) fn connect(address: SocketAddr) -> Self {
+        let stream = TcpStream::connect_timeout(&address, LONG).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        Self(stream)
+    }
+
+    #[track_caller]
+    pub(crate) fn send(&mut self, path: &str) {
+        self.0.write_all(format!("GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").as_bytes()).unwrap();
+    }
+
+    /// What comes up to `end`.
+    #[track_caller]
+    pub(crate) fn read_to(&mut self, end: &str) -> String {
+        let mut text = String::new();
+        let mut byte = [0];
+        while !text.ends_with(end) {
+            self.0.read_exact(&mut byte).unwrap_or_else(|error| panic!("{error} after {text:?}"));
+            text.push(byte[0].into());
+        }
+        text
+    }
+
+    /// Whether the server closes it in time, having said nothing more.
+    #[track_caller]
+    pub(crate) fn ends_within(&mut self, time: Duration) -> bool {
+        self.0.set_read_timeout(Some(time)).unwrap();
+        let read = self.0.read(&mut [0]);
+        self.0.set_read_timeout(Some(LONG)).unwrap();
+        match read {
+            Ok(count) => {
+                assert_eq!(count, 0, "a byte that nobody asked for");
+                true
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                false
+            }
+        }
+    }
 }

@@ -1,6 +1,8 @@
 //! The end of the old process: what is in flight is finished, and the application may end in its own way.
 
-use crate::client::ask;
+use std::time::Duration;
+
+use crate::client::{Kept, ask};
 use crate::server::Server;
 use crate::wait::{LONG, eventually};
 
@@ -47,6 +49,23 @@ fn idle_connections_do_not_hold_up_the_drain() {
     server.upgrade(&["--wait", "drained", "--drain-timeout", "60s"]).exits_with(0);
     assert!(crate::server::has_ended(old));
     drop(idle);
+}
+
+/// The head of its response could not say that the connection will be closed, so the client may ask again.
+#[test]
+fn a_connection_that_was_busy_is_closed_only_when_it_has_been_silent() {
+    let server = Server::start(&["--tcp", "http=127.0.0.1:0", "--linger", "1s"]);
+    let old = server.pid();
+    let mut kept = Kept::connect(server.address());
+    kept.send("/stream/2.5");
+    assert!(kept.read_to("line 1 of 2\n\r\n").contains("200 OK"));
+    server.upgrade(&[]).exits_with(0);
+    kept.read_to("\r\n0\r\n\r\n");
+    assert!(!kept.ends_within(Duration::from_millis(250)), "closed while a request may be on its way");
+    kept.send("/");
+    assert!(kept.read_to(&format!("gen=1 pid={old}")).contains("Connection: close"));
+    assert!(kept.ends_within(LONG));
+    server.wait_for_end(old);
 }
 
 #[test]
