@@ -71,6 +71,8 @@ mod shared;
 mod engine;
 mod upgrade;
 mod inherit;
+#[cfg(test)]
+mod model;
 mod state;
 mod channel;
 mod protocol;

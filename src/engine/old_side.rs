@@ -22,7 +22,7 @@ use crate::shared::{Drained, Shared};
 use crate::sys;
 use crate::upgrade::spawn::Plan;
 use crate::upgrade::stderr::StderrTail;
-use crate::upgrade::{Action, Event, Failure, Origin, Progress, Timer};
+use crate::upgrade::{Action, Event, Failure, Origin, Progress, Stage, Timer};
 
 /// How long the answer to commit may take, where the trial is over sooner.
 const ACCEPTING_PATIENCE: Duration = Duration::from_millis(500);
@@ -297,6 +297,11 @@ impl Engine {
     /// At the end of the trial the new process must have said that it accepts, and no connection may wait where its
     /// application has never waited for any.
     pub(super) fn end_trial(&mut self) {
+        // The last look: from here on nobody takes over from it.
+        self.on_new_process_end();
+        if self.upgrade.stage() != Stage::Trial {
+            return;
+        }
         let cause = self.why_it_does_not_serve();
         let committed = self.attempt.as_ref().and_then(|attempt| attempt.committed);
         match cause {
