@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::signal::Signal;
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use crate::channel::Channel;
@@ -103,8 +103,15 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn child(pid: Pid, pidfd: OwnedFd) -> Self {
-        Self { pid, pidfd, is_child: true, exit: None }
+    /// One that was just spawned. One that cannot be watched is killed: without us it would start afresh.
+    pub(super) fn child(pid: Pid) -> io::Result<Self> {
+        let pidfd = sys::pidfd_open(pid).inspect_err(|_| {
+            // A child that nobody has reaped keeps its pid; where the application reaps every child, it is gone already.
+            if kill(pid, Signal::SIGKILL).is_ok() {
+                let _ = waitpid(pid, None);
+            }
+        })?;
+        Ok(Self { pid, pidfd, is_child: true, exit: None })
     }
 
     pub(super) fn other(pid: Pid, pidfd: OwnedFd) -> Self {
@@ -131,7 +138,7 @@ impl Process {
                 Some(format!("was killed by {signal}{core}"))
             }
             // Somebody in this process reaps every child, or SIGCHLD is ignored.
-            Err(Errno::ECHILD) => Some("ended".to_owned()),
+            Err(Errno::ECHILD) => Some("ended (how is unknown: this program reaps or ignores its children)".to_owned()),
             _ => None,
         }
     }

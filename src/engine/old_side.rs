@@ -148,9 +148,10 @@ impl Engine {
         let channel = Channel::new(ours).map_err(io)?;
         let pid = plan.spawn(&theirs, stderr.as_ref().map(AsFd::as_fd)).map_err(|error| error.to_string())?;
         log::info!("spawned {} as process {pid}", plan.program.display());
-        // A child that we have not reaped keeps its pid.
         attempt.pid = Some(pid.as_raw());
-        attempt.process = Some(Process::child(pid, sys::pidfd_open(pid).map_err(io)?));
+        // Where fds are few, these are what the next one needs.
+        drop((theirs, stderr));
+        attempt.process = Some(Process::child(pid).map_err(io)?);
         attempt.channel = Some(channel);
         if let Some(pipe) = pipe {
             let shared = shared.clone();
