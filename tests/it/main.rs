@@ -32,6 +32,7 @@ mod terminal;
 mod listeners;
 mod datagrams;
 mod drain;
+mod signals;
 mod inheritance;
 mod state;
 mod pull;

@@ -86,11 +86,14 @@ impl Server {
     /// The process that serves.
     #[track_caller]
     pub(crate) fn serving(&self) -> Status {
-        eventually("a process that serves", || {
-            let pids = self.home.sockets().into_iter().filter_map(|name| name.strip_suffix(".sock")?.parse().ok());
-            let statuses = pids.filter_map(|pid: i32| self.try_status(pid).ok());
-            statuses.filter(|status| status.state == State::Serving).max_by_key(|status| status.generation)
-        })
+        eventually("a process that serves", || self.status_of_serving())
+    }
+
+    /// None while an upgrade is under way.
+    pub(crate) fn status_of_serving(&self) -> Option<Status> {
+        let pids = self.home.sockets().into_iter().filter_map(|name| name.strip_suffix(".sock")?.parse().ok());
+        let statuses = pids.filter_map(|pid: i32| self.try_status(pid).ok());
+        statuses.filter(|status| status.state == State::Serving).max_by_key(|status| status.generation)
     }
 
     #[track_caller]
