@@ -102,11 +102,15 @@ pub(super) struct Process {
     exit: Option<String>,
 }
 
+/// How a child ended that was not ours to reap.
+pub(super) const REAPED_BY_OTHERS: &str = "ended (how is unknown: this program reaps or ignores its children)";
+
 impl Process {
-    /// One that was just spawned. One that cannot be watched is killed: without us it would start afresh.
+    /// One that was just spawned; ESRCH where it is gone and somebody has reaped it. One that cannot be watched is
+    /// killed: without us it would start afresh.
     pub(super) fn child(pid: Pid) -> io::Result<Self> {
         let pidfd = sys::pidfd_open(pid).inspect_err(|_| {
-            // A child that nobody has reaped keeps its pid; where the application reaps every child, it is gone already.
+            // A child that nobody has reaped keeps its pid.
             if kill(pid, Signal::SIGKILL).is_ok() {
                 let _ = waitpid(pid, None);
             }
@@ -138,7 +142,7 @@ impl Process {
                 Some(format!("was killed by {signal}{core}"))
             }
             // Somebody in this process reaps every child, or SIGCHLD is ignored.
-            Err(Errno::ECHILD) => Some("ended (how is unknown: this program reaps or ignores its children)".to_owned()),
+            Err(Errno::ECHILD) => Some(REAPED_BY_OTHERS.to_owned()),
             _ => None,
         }
     }
