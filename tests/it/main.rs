@@ -27,6 +27,7 @@ mod binary;
 mod previous;
 mod the_command;
 mod check;
+mod groups;
 mod install;
 mod terminal;
 mod listeners;
