@@ -114,7 +114,8 @@ fn zsh_completes() {
         zmodload zsh/zpty
         zpty shell zsh -f -i
         zpty -w shell "fpath=($1 \$fpath); autoload -Uz compinit; compinit -u -D"
-        zpty -w shell 'show() { print -r -- "<$BUFFER>" }; zle -N show; bindkey "^T" show; print rea""dy'
+        zpty -w shell 'show() { print -r -- "<$BUFFER>" }; zle -N show; bindkey "^T" show; PS1=rea""dy'
+        # The prompt: before it the terminal still edits lines by itself.
         zpty -r shell said '*ready*'
         for line in "$@[2,-1]"; do
             zpty -w -n shell "$line"$'\t\C-T\C-U'
