@@ -22,7 +22,7 @@ parts=()
 for argument in "$@"; do
     case $argument in
         -h | --help) help ;;
-        *) [[ " ${all[*]} " == *" $argument "* ]] || die "no part is named \`$argument\`: there are ${all[*]}" ;;
+        *) [[ " ${all[*]} " == *" $argument "* ]] || misused "no part is named \`$argument\`: there are ${all[*]}" ;;
     esac
     parts+=("$argument")
 done

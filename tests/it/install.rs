@@ -197,7 +197,16 @@ fn everything_is_installed_and_removed() {
 fn the_script_says_what_it_does_not_understand() {
     let home = Home::new();
     install(&home.path("root"), &["--help"]).exits_with(0).says("Usage: scripts/install.sh");
-    install(&home.path("root"), &["--prefiks"]).exits_with(1).complains("unknown option `--prefiks` (see --help)");
-    install(&home.path("root"), &["--prefix", "usr"]).exits_with(1).complains("wants an absolute path, not `usr`");
+    install(&home.path("root"), &["--prefiks"]).exits_with(2).complains("unknown option `--prefiks` (see --help)");
+    install(&home.path("root"), &["--prefix", "usr"]).exits_with(2).complains("wants an absolute path, not `usr`");
     assert_eq!(files_below(&home.path("root")), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn every_script_says_wrong_usage_as_the_command_does() {
+    for name in ["bench", "demo", "install", "load", "soak", "test"] {
+        let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("scripts/{name}.sh")));
+        command.arg("--nonsense");
+        run(command).exits_with(2).complains("`--nonsense`").complains("(see --help)");
+    }
 }

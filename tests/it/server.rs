@@ -179,16 +179,14 @@ impl Server {
     #[track_caller]
     pub(crate) fn settled_holdings(&self, pid: i32) -> Holdings {
         eventually("no open connection", || (self.status(pid).connections.open == 0).then_some(()));
-        let mut before = self.holdings(pid);
-        // The threads of connections, and what an upgrade has left, go a moment later.
-        eventually("the same twice", || {
-            std::thread::sleep(std::time::Duration::from_millis(20));
+        // The threads of connections, and what an upgrade has left, go a moment later, and nobody says when.
+        let mut looks = vec![self.holdings(pid)];
+        eventually("the same five times", || {
             let now = self.holdings(pid);
-            let same = now == before;
-            before = now;
-            same.then_some(())
-        });
-        before
+            looks.retain(|look| *look == now);
+            looks.push(now);
+            if looks.len() < 5 { None } else { looks.pop() }
+        })
     }
 
     /// No fd, thread, zombie, process or file more than before.
