@@ -17,7 +17,7 @@ for argument in "$@"; do
     case $argument in
         upgrade | accept | http | peers) benches+=("$argument") ;;
         -h | --help) help ;;
-        *) die "unknown argument \`$argument\` (see --help)" ;;
+        *) misused "unknown argument \`$argument\`" ;;
     esac
 done
 ((${#benches[@]})) || benches=(upgrade accept http peers)

@@ -15,7 +15,7 @@ while (($#)); do
     case $1 in
         --upgrades) number "$1" "${2:-}" && upgrades=$2 && shift 2 ;;
         -h | --help) help ;;
-        *) die "unknown argument \`$1\` (see --help)" ;;
+        *) misused "unknown argument \`$1\`" ;;
     esac
 done
 [[ $(uname -s) == Linux ]] || die "handover is for Linux, and this is $(uname -s)"

@@ -17,8 +17,8 @@ while (($#)); do
     case $1 in
         -h | --help) help ;;
         --prefix | --root)
-            [[ -n ${2:-} ]] || die "$1 wants a directory (see --help)"
-            [[ $2 == /* ]] || die "$1 wants an absolute path, not \`$2\`"
+            [[ -n ${2:-} ]] || misused "$1 wants a directory"
+            [[ $2 == /* ]] || misused "$1 wants an absolute path, not \`$2\`"
             if [[ $1 == --prefix ]]; then prefix=$2; else root=$2; fi
             shift 2
             ;;
@@ -26,7 +26,7 @@ while (($#)); do
             uninstall=1
             shift
             ;;
-        *) die "unknown option \`$1\` (see --help)" ;;
+        *) misused "unknown option \`$1\`" ;;
     esac
 done
 

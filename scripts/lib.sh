@@ -19,6 +19,12 @@ die() {
     exit 1
 }
 
+# Wrong usage: 2, as the command has it.
+misused() {
+    printf '%s%s: %s (see --help)%s\n' "$red" "${0##*/}" "$*" "$plain" >&2
+    exit 2
+}
+
 # The comment at the top of a script is its help.
 help() {
     sed -n '2,/^[^#]/ { /^#/ s/^# \{0,1\}//p }' "$script"
@@ -27,7 +33,8 @@ help() {
 
 # The value of an option that wants a number.
 number() {
-    [[ ${2:-} =~ ^[0-9]+$ && $2 -ge ${3:-1} ]] || die "$1 wants a number of at least ${3:-1}, not \`${2:-}\` (see --help)"
+    [[ ${2:-} =~ ^[0-9]+$ && $2 -ge ${3:-1} ]] ||
+        misused "$1 wants a number of at least ${3:-1}, not \`${2:-}\`"
 }
 
 # Where Cargo puts what it builds, wherever the user has told it to.

@@ -24,7 +24,7 @@ while (($#)); do
         --inside) inside=yes && shift ;;
         axum | std | tokio | wrk | h2load) cases+=("$1") && shift ;;
         -h | --help) help ;;
-        *) die "unknown argument \`$1\` (see --help)" ;;
+        *) misused "unknown argument \`$1\`" ;;
     esac
 done
 ((${#cases[@]})) || cases=(axum std tokio wrk h2load)

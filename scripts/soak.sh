@@ -21,7 +21,7 @@ while (($#)); do
         --minutes) number "$1" "${2:-}" && minutes=$2 && shift 2 ;;
         --seed) number "$1" "${2:-}" 0 && seed=$2 && shift 2 ;;
         -h | --help) help ;;
-        *) die "unknown argument \`$1\` (see --help)" ;;
+        *) misused "unknown argument \`$1\`" ;;
     esac
 done
 round_upgrades=20

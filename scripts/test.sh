@@ -22,7 +22,7 @@ parts=()
 for argument in "$@"; do
     case $argument in
         -h | --help) help ;;
-        *) [[ " ${all[*]} " == *" $argument "* ]] || die "no part is named \`$argument\`: there are ${all[*]}" ;;
+        *) [[ " ${all[*]} " == *" $argument "* ]] || misused "no part is named \`$argument\`: there are ${all[*]}" ;;
     esac
     parts+=("$argument")
 done
@@ -38,9 +38,16 @@ needs() {
     esac
 }
 
+# Those without which single tests of it say that they are left out.
+wants() {
+    case $1 in
+        it) echo zsh:zsh fish:fish ;;
+    esac
+}
+
 missing() {
     local need
-    for need in $(needs "$1"); do
+    for need in $("$1" "$2"); do
         command -v "${need%:*}" >/dev/null || echo "${need#*:}"
     done
 }
@@ -48,7 +55,7 @@ missing() {
 install_missing() {
     local part packages=() as=()
     for part in "${parts[@]}"; do
-        mapfile -t -O "${#packages[@]}" packages < <(missing "$part")
+        mapfile -t -O "${#packages[@]}" packages < <(missing needs "$part" && missing wants "$part")
     done
     ((${#packages[@]})) || return 0
     command -v apt-get >/dev/null || return 0
@@ -99,7 +106,7 @@ run() {
 
 install_missing
 for part in "${parts[@]}"; do
-    lacking=$(missing "$part")
+    lacking=$(missing needs "$part")
     if [[ -n $lacking ]]; then
         leave_out "$part" "apt install ${lacking//$'\n'/ }"
     elif [[ $part == load ]] && ! has_namespaces; then

@@ -223,6 +223,9 @@ impl Config {
 /// Which signals mean what to a process. By default SIGUSR2 and SIGHUP upgrade; SIGTERM, SIGINT and SIGQUIT drain, and
 /// a second one of them closes what is left at once.
 ///
+/// SIGHUP, SIGINT and SIGQUIT are left alone where they are ignored when the process starts: so do `nohup`, and shells for
+/// what they run in the background. A signal means one thing: what is said last.
+///
 /// ```
 /// use handover::Signals;
 ///
@@ -252,15 +255,17 @@ impl Signals {
     }
 
     /// This signal upgrades.
-    pub fn upgrade_on(mut self, signal: i32) -> Self {
-        self.upgrade.push(signal);
-        self
+    pub fn upgrade_on(self, signal: i32) -> Self {
+        let mut this = self.without(signal);
+        this.upgrade.push(signal);
+        this
     }
 
     /// This signal drains.
-    pub fn stop_on(mut self, signal: i32) -> Self {
-        self.stop.push(signal);
-        self
+    pub fn stop_on(self, signal: i32) -> Self {
+        let mut this = self.without(signal);
+        this.stop.push(signal);
+        this
     }
 
     /// This signal is the application's.

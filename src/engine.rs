@@ -167,6 +167,9 @@ impl Engine {
     }
 
     pub(crate) fn run(mut self) {
+        if let Some(signals) = &self.signals {
+            signals.unblock_in_this_thread();
+        }
         while !self.quit {
             let ready = self.wait();
             for (source, events) in ready {

@@ -72,7 +72,7 @@ impl Handover {
     pub fn start(config: Config) -> Result<Self, Error> {
         let started = Started::of_this_process();
         // Before anything else: from here on a signal is not lost, and does not kill.
-        let signals = SignalPipe::install(&config.signals)?;
+        let signals = SignalPipe::install(&config.signals, &started.ignored)?;
         let mut handed = receive::from_environment()?;
         if let (None, Some(target)) = (&handed, &config.take_over_from) {
             handed = Some(receive::by_pull(target)?);

@@ -5,10 +5,12 @@
 
 mod fds;
 mod pidfd;
+mod signals;
 mod socket;
 mod spawn;
 
 pub(crate) use fds::{FdTable, dup_at_least, fd_from_environment, receive_fds, replace_stderr};
 pub(crate) use pidfd::{pidfd_of_peer, pidfd_open, pidfd_send_signal};
+pub(crate) use signals::ignored_signals;
 pub(crate) use socket::{accept_backlog, receive_from, unread_bytes};
 pub(crate) use spawn::{SpawnRequest, spawn};

@@ -4,6 +4,7 @@ mod binary;
 mod bounded;
 mod cgroup;
 mod elf;
+mod exec_line;
 mod process;
 mod proc_files;
 mod systemctl;

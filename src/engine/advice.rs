@@ -25,6 +25,9 @@ fn advice_for_exit(exit: &str, silent: bool) -> Option<&'static str> {
     if exit.contains("status 0") {
         return Some("let it stay in the foreground and call `ready()`; one that forks itself away cannot be upgraded");
     }
+    if ["SIGUSR1", "SIGUSR2", "SIGHUP"].iter().any(|signal| exit.contains(signal)) {
+        return Some("it had no handler for it yet: signal the serving process by its pid, not by name or group");
+    }
     if exit.contains("SIGKILL") {
         return Some("out of memory? `dmesg` tells, and `handover check` compares what is free");
     }
@@ -43,6 +46,7 @@ mod tests {
         let of = |exit, silent| advice(Failure::Exited, "", Some(exit), silent).unwrap_or("");
         assert!(of("exited with status 0", true).contains("foreground"));
         assert!(of("was killed by SIGKILL", true).contains("dmesg"));
+        assert!(of("was killed by SIGHUP", true).contains("by its pid"));
         assert!(of("was killed by SIGSEGV and dumped core", true).contains("handover check"));
         assert!(of("exited with status 1", true).contains("wrote nothing"));
         assert_eq!(of("exited with status 1", false), "", "its own words say it");

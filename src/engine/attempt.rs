@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::signal::Signal;
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use crate::channel::Channel;
@@ -102,9 +102,20 @@ pub(super) struct Process {
     exit: Option<String>,
 }
 
+/// How a child ended that was not ours to reap.
+pub(super) const REAPED_BY_OTHERS: &str = "ended (how is unknown: this program reaps or ignores its children)";
+
 impl Process {
-    pub(super) fn child(pid: Pid, pidfd: OwnedFd) -> Self {
-        Self { pid, pidfd, is_child: true, exit: None }
+    /// One that was just spawned; ESRCH where it is gone and somebody has reaped it. One that cannot be watched is
+    /// killed: without us it would start afresh.
+    pub(super) fn child(pid: Pid) -> io::Result<Self> {
+        let pidfd = sys::pidfd_open(pid).inspect_err(|_| {
+            // A child that nobody has reaped keeps its pid.
+            if kill(pid, Signal::SIGKILL).is_ok() {
+                let _ = waitpid(pid, None);
+            }
+        })?;
+        Ok(Self { pid, pidfd, is_child: true, exit: None })
     }
 
     pub(super) fn other(pid: Pid, pidfd: OwnedFd) -> Self {
@@ -131,7 +142,7 @@ impl Process {
                 Some(format!("was killed by {signal}{core}"))
             }
             // Somebody in this process reaps every child, or SIGCHLD is ignored.
-            Err(Errno::ECHILD) => Some("ended".to_owned()),
+            Err(Errno::ECHILD) => Some(REAPED_BY_OTHERS.to_owned()),
             _ => None,
         }
     }

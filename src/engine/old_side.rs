@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::poll::PollFlags;
 use nix::unistd::Pid;
 
-use super::attempt::{Attempt, Process, Report, Requester};
+use super::attempt::{Attempt, Process, REAPED_BY_OTHERS, Report, Requester};
 use super::{CUT_GRACE, Command, Engine};
 use crate::channel::{Broken, Channel, Received};
 use crate::control::messages::{Outcome, ResultEvent, UpgradeRequest, Wait};
@@ -69,7 +69,10 @@ impl Engine {
         match action {
             // `begin` asks before it triggers, so that an upgrade under way is not forgotten.
             Action::Refuse(_) => {}
-            Action::Spawn => return Some(self.outcome_of(Self::spawn, Event::Spawned, Failure::NotSpawned)),
+            Action::Spawn => {
+                let spawned = self.spawn();
+                return Some(spawned.map_or_else(|(failure, cause)| self.failed(failure, cause), |()| Event::Spawned));
+            }
             Action::Offer => {
                 if let Err(cause) = self.offer() {
                     return Some(self.failed(Failure::ChannelBroken, cause));
@@ -120,13 +123,6 @@ impl Engine {
         }
     }
 
-    fn outcome_of(&mut self, step: fn(&mut Self) -> Result<(), String>, good: Event, bad: Failure) -> Event {
-        match step(self) {
-            Ok(()) => good,
-            Err(cause) => self.failed(bad, cause),
-        }
-    }
-
     fn failed(&mut self, failure: Failure, cause: String) -> Event {
         if let Some(attempt) = &mut self.attempt {
             attempt.cause = Some(cause);
@@ -134,29 +130,35 @@ impl Engine {
         Event::Failed(failure)
     }
 
-    fn spawn(&mut self) -> Result<(), String> {
+    fn spawn(&mut self) -> Result<(), (Failure, String)> {
         let shared = &self.shared;
-        let Some(attempt) = &mut self.attempt else { return Err("was never asked for".to_owned()) };
+        let not_spawned = |cause: String| (Failure::NotSpawned, cause);
+        let Some(attempt) = &mut self.attempt else { return Err(not_spawned("was never asked for".to_owned())) };
         let plan = Plan::new(&shared.started, &shared.config, &attempt.request, shared.previous.as_ref());
-        let plan = plan.map_err(|error| error.to_string())?;
-        let io = |error: io::Error| format!("cannot be spawned: {error}");
+        let plan = plan.map_err(|error| not_spawned(error.to_string()))?;
+        let io = |error: io::Error| not_spawned(format!("cannot be spawned: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(io)?;
         let (pipe, stderr) = match shared.config.capture_stderr {
             true => io::pipe().map(|(reader, writer)| (Some(reader), Some(writer))).map_err(io)?,
             false => (None, None),
         };
         let channel = Channel::new(ours).map_err(io)?;
-        let pid = plan.spawn(&theirs, stderr.as_ref().map(AsFd::as_fd)).map_err(|error| error.to_string())?;
+        let pid = plan.spawn(&theirs, stderr.as_ref().map(AsFd::as_fd));
+        let pid = pid.map_err(|error| not_spawned(error.to_string()))?;
         log::info!("spawned {} as process {pid}", plan.program.display());
-        // A child that we have not reaped keeps its pid.
         attempt.pid = Some(pid.as_raw());
-        attempt.process = Some(Process::child(pid, sys::pidfd_open(pid).map_err(io)?));
+        // Where fds are few, these are what the next one needs.
+        drop((theirs, stderr));
+        let watched = Process::child(pid).map(|process| attempt.process = Some(process));
         attempt.channel = Some(channel);
         if let Some(pipe) = pipe {
             let shared = shared.clone();
             attempt.stderr = Some(StderrTail::follow(pipe, move || shared.wake_engine()).map_err(io)?);
         }
-        Ok(())
+        watched.map_err(|error| match error.raw_os_error() {
+            Some(libc::ESRCH) => (Failure::Exited, REAPED_BY_OTHERS.to_owned()),
+            _ => io(error),
+        })
     }
 
     /// The listeners as they are now, and the application's state.

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::sys::signal::{SigSet, Signal};
 use signal_hook::SigId;
 use signal_hook::consts::FORBIDDEN;
 use signal_hook::{flag, low_level};
@@ -13,12 +14,17 @@ use signal_hook::{flag, low_level};
 use crate::config::Signals;
 use crate::error::{Error, ErrorKind};
 
+/// Where one of these is ignored at the start, it was told to be: by `nohup`, or by a shell that starts something in the
+/// background.
+const IGNORED_ON_PURPOSE: [Signal; 3] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT];
+
 pub(crate) struct SignalPipe {
     reader: UnixStream,
     upgrade: Arc<AtomicBool>,
     /// One for each signal, so that SIGTERM and SIGINT at the same time are two.
     stops: Vec<Arc<AtomicBool>>,
     registered: Vec<SigId>,
+    caught: SigSet,
 }
 
 /// What has come since the last look.
@@ -30,7 +36,7 @@ pub(crate) struct Caught {
 
 impl SignalPipe {
     /// Installs the handlers. Earlier ones of the application are called as well.
-    pub(crate) fn install(signals: &Signals) -> Result<Option<Self>, Error> {
+    pub(crate) fn install(signals: &Signals, ignored: &SigSet) -> Result<Option<Self>, Error> {
         if signals.upgrade.is_empty() && signals.stop.is_empty() {
             return Ok(None);
         }
@@ -41,11 +47,15 @@ impl SignalPipe {
         }
         let (reader, writer) = UnixStream::pair().map_err(failed)?;
         reader.set_nonblocking(true).map_err(failed)?;
-        let mut pipe = Self { reader, upgrade: Arc::default(), stops: vec![], registered: vec![] };
-        for signal in &signals.upgrade {
+        let mut pipe =
+            Self { reader, upgrade: Arc::default(), stops: vec![], registered: vec![], caught: SigSet::empty() };
+        let on_purpose = IGNORED_ON_PURPOSE.into_iter().filter(|signal| ignored.contains(*signal));
+        let left_alone: Vec<i32> = on_purpose.map(|signal| signal as i32).collect();
+        let ours = |signal: &&i32| !left_alone.contains(signal);
+        for signal in signals.upgrade.iter().filter(ours) {
             pipe.register(*signal, pipe.upgrade.clone(), &writer).map_err(failed)?;
         }
-        for signal in &signals.stop {
+        for signal in signals.stop.iter().filter(ours) {
             let flag = Arc::new(AtomicBool::new(false));
             pipe.stops.push(flag.clone());
             pipe.register(*signal, flag, &writer).map_err(failed)?;
@@ -57,7 +67,15 @@ impl SignalPipe {
     fn register(&mut self, signal: i32, raised: Arc<AtomicBool>, writer: &UnixStream) -> io::Result<()> {
         self.registered.push(flag::register(signal, raised)?);
         self.registered.push(low_level::pipe::register(signal, writer.try_clone()?)?);
+        self.caught.extend(Signal::try_from(signal));
         Ok(())
+    }
+
+    /// So that there is one thread to which they can be delivered, whatever the application blocks in its own.
+    pub(crate) fn unblock_in_this_thread(&self) {
+        if let Err(error) = self.caught.thread_unblock() {
+            log::error!("cannot unblock signals: {error}");
+        }
     }
 
     pub(crate) fn take(&mut self) -> Caught {

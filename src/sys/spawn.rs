@@ -8,7 +8,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
 
 /// What to execute, with everything that the new process is to inherit.
@@ -22,6 +22,8 @@ pub(crate) struct SpawnRequest<'a> {
     /// Fds of this process and the numbers that they have in the new one; everything else is CLOEXEC.
     pub(crate) fds: Vec<(BorrowedFd<'a>, RawFd)>,
     pub(crate) signal_mask: SigSet,
+    /// Stay ignored if this process ignores them; every other signal is at its default.
+    pub(crate) ignored: SigSet,
 }
 
 /// Starts the program. The error is that of exec where exec failed.
@@ -31,7 +33,7 @@ pub(crate) fn spawn(request: &SpawnRequest<'_>) -> io::Result<Pid> {
         actions.dup2(*fd, *number)?;
     }
     actions.chdir(&request.directory)?;
-    let attributes = Attributes::new(&request.signal_mask)?;
+    let attributes = Attributes::new(&request.signal_mask, &request.ignored)?;
     let arguments = pointers(&request.arguments);
     let environment = pointers(&request.environment);
     let mut pid: libc::pid_t = 0;
@@ -94,16 +96,14 @@ impl Drop for FileActions {
 struct Attributes(libc::posix_spawnattr_t);
 
 impl Attributes {
-    /// The new process begins with `mask`, and with SIGPIPE at its default: Rust's runtime ignores it in this process,
-    /// and an ignored signal stays ignored over exec.
-    fn new(mask: &SigSet) -> io::Result<Self> {
+    /// An ignored signal stays ignored over exec, so what this process has come to ignore is put back.
+    fn new(mask: &SigSet, ignored: &SigSet) -> io::Result<Self> {
         let mut attributes = MaybeUninit::uninit();
         // SAFETY: init writes the whole value or reports an error.
         check(unsafe { libc::posix_spawnattr_init(attributes.as_mut_ptr()) })?;
         // SAFETY: init succeeded.
         let mut attributes = Self(unsafe { attributes.assume_init() });
-        let mut defaults = SigSet::empty();
-        defaults.add(nix::sys::signal::SIGPIPE);
+        let defaults: SigSet = Signal::iterator().filter(|signal| !ignored.contains(*signal)).collect();
         let flags = (libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF) as libc::c_short;
         // SAFETY: the value was initialised; both sets are read during the calls only.
         unsafe {
@@ -153,6 +153,7 @@ mod tests {
             directory: c("/"),
             fds: vec![(writer.as_fd(), 3)],
             signal_mask: SigSet::empty(),
+            ignored: SigSet::empty(),
         };
         let pid = spawn(&request).unwrap();
         drop(request);
@@ -175,6 +176,7 @@ mod tests {
             directory: c("/"),
             fds: vec![],
             signal_mask: SigSet::empty(),
+            ignored: SigSet::empty(),
         };
         assert_eq!(spawn(&request).unwrap_err().raw_os_error(), Some(libc::ENOENT));
     }

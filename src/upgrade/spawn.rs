@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
 
 use super::preflight;
@@ -30,6 +30,7 @@ pub(crate) struct Started {
     /// By the path with its symbolic links, so that `current/` is followed to where it points at the time.
     directory: PathBuf,
     signal_mask: SigSet,
+    pub(crate) ignored: SigSet,
 }
 
 impl Started {
@@ -49,7 +50,11 @@ impl Started {
             Some(_) => PathBuf::from(&argv0),
             None => env::current_exe().unwrap_or_else(|_| PathBuf::from(&argv0)),
         };
-        Self { program, argv0, arguments, directory, signal_mask: SigSet::thread_get_mask().unwrap_or(SigSet::empty()) }
+        let signal_mask = SigSet::thread_get_mask().unwrap_or(SigSet::empty());
+        let mut ignored = sys::ignored_signals();
+        // By Rust's runtime, which does it again.
+        ignored.remove(Signal::SIGPIPE);
+        Self { program, argv0, arguments, directory, signal_mask, ignored }
     }
 
     /// What an upgrade starts unless it is told otherwise, as an absolute path, for people.
@@ -79,6 +84,7 @@ pub(crate) struct Plan {
     environment: Vec<(OsString, OsString)>,
     pub(crate) directory: PathBuf,
     signal_mask: SigSet,
+    ignored: SigSet,
 }
 
 impl Plan {
@@ -112,7 +118,8 @@ impl Plan {
         let arguments = request.arguments().or_else(|| config.arguments.clone());
         let mut argv = vec![argv0];
         argv.extend(arguments.unwrap_or_else(|| started.arguments.clone()));
-        Ok(Self { program, argv, environment, directory, signal_mask: started.signal_mask })
+        let (signal_mask, ignored) = (started.signal_mask, started.ignored);
+        Ok(Self { program, argv, environment, directory, signal_mask, ignored })
     }
 
     /// Starts it with one end of the channel, and with `stderr` for its fd 2 where that is to be another than ours.
@@ -136,6 +143,7 @@ impl Plan {
             directory: c_string(self.directory.as_os_str()).map_err(explain)?,
             fds: stderr.into_iter().chain([(channel.as_fd(), CHANNEL_FD)]).collect(),
             signal_mask: self.signal_mask,
+            ignored: self.ignored,
         };
         sys::spawn(&request).map_err(explain)
     }
@@ -210,6 +218,7 @@ mod tests {
             arguments: vec!["-c".into(), "true".into()],
             directory: "/usr".into(),
             signal_mask: SigSet::empty(),
+            ignored: SigSet::empty(),
         }
     }
 

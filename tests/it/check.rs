@@ -256,7 +256,7 @@ fn unit(home: &Home, more: &str) -> std::path::PathBuf {
     let program = fixture();
     let text = format!(
         "[Unit]\nDescription=x\n[Service]\nType=notify\nExecStart={} --tcp http=127.0.0.1:0\n\
-         ExecReload=handover upgrade --pid $MAINPID\n{more}",
+         ExecReload=handover upgrade --pid $MAINPID\nExecStop=-handover stop --pid $MAINPID\nRestart=always\n{more}",
         program.display()
     );
     home.file("app.service", text.as_bytes(), 0o644)
@@ -269,15 +269,22 @@ fn a_unit_file_is_read() {
     let run = check(&["--unit", file.to_str().unwrap()]).exits_with(0).says("nothing stands in the way");
     finds(&run, "ok", "unit", "Type=notify, NotifyAccess=main");
     finds(&run, "ok", "unit", "ExecReload=handover upgrade --pid $MAINPID");
+    finds(&run, "ok", "unit", "ExecStop=-handover stop --pid $MAINPID");
+    finds(&run, "ok", "unit", "Restart=always");
     // Its program is looked at too.
     finds(&run, "ok", "binary", "libraries are there");
-    let file = unit(&home, "Type=forking\nTimeoutStartSec=10\nWatchdogSec=5\nKillMode=none\nExecReload=\n");
-    let run = check(&["--unit", file.to_str().unwrap()]).exits_with(1).says("2 problems, 3 warnings\n");
+    let file = unit(
+        &home,
+        "Type=forking\nTimeoutStartSec=10\nWatchdogSec=5\nKillMode=none\nExecReload=\nExecStop=\nRestart=no\n",
+    );
+    let run = check(&["--unit", file.to_str().unwrap()]).exits_with(1).says("2 problems, 5 warnings\n");
     finds(&run, "problem", "unit", "Type=forking");
     finds(&run, "problem", "unit", "TimeoutStartSec=10s: systemd gives a reload up then, and an upgrade may take 31s");
     finds(&run, "warning", "unit", "WatchdogSec=5s");
     finds(&run, "warning", "unit", "KillMode=none");
     finds(&run, "warning", "unit", "there is no ExecReload=");
+    finds(&run, "warning", "unit", "no ExecStop= that waits");
+    finds(&run, "warning", "unit", "Restart=no");
     let run = check(&["--unit", "/no/such.service"]).exits_with(1);
     finds(&run, "problem", "unit", "cannot be read");
 }
@@ -285,7 +292,7 @@ fn a_unit_file_is_read() {
 /// The process says how long an upgrade of it may take, what it starts, and what it catches.
 #[test]
 fn a_unit_is_held_against_the_process() {
-    let server = Server::start(&["--tcp", "http=127.0.0.1:0", "--ready-timeout", "300s"]);
+    let server = Server::start(&["--tcp", "http=127.0.0.1:0", "--ready-timeout", "300s", "--drain-timeout", "100s"]);
     let with = |more: &str| {
         let file = unit(&server.home, more);
         check_server(&server, &["--unit", file.to_str().unwrap()])
@@ -293,6 +300,7 @@ fn a_unit_is_held_against_the_process() {
     finds(&with("").exits_with(1), "problem", "unit", "TimeoutStartSec=1m 30s: systemd gives a reload up");
     let run = with("TimeoutStartSec=10min\n").exits_with(0);
     finds(&run, "ok", "unit", &format!("ExecStart={}", fixture().display()));
+    finds(&run, "warning", "unit", "TimeoutStopSec=1m 30s: what has not drained by then is killed");
     let run = with("TimeoutStartSec=10min\nExecStart=\nExecStart=/bin/true\n").exits_with(0);
     finds(&run, "warning", "unit", "ExecStart=/bin/true, and an upgrade starts");
     let run = with("TimeoutStartSec=10min\nExecReload=\nExecReload=/bin/kill -WINCH $MAINPID\n").exits_with(1);

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Once};
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
@@ -24,6 +25,19 @@ pub(crate) fn fixture() -> PathBuf {
     test.ancestors().nth(2).unwrap().join("examples/fixture")
 }
 
+/// The tests may run under `nohup` or in the background of a script. What they ignore then is theirs to ignore, and what
+/// they start is as started from a terminal: a handler is not inherited.
+fn ignore_nothing_in_children() {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:\t")).unwrap();
+    let ignored = u64::from_str_radix(ignored, 16).unwrap();
+    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT] {
+        if ignored >> (signal as i32 - 1) & 1 == 1 {
+            signal_hook::flag::register(signal as i32, Arc::default()).unwrap();
+        }
+    }
+}
+
 pub(crate) struct Home {
     root: PathBuf,
 }
@@ -31,6 +45,8 @@ pub(crate) struct Home {
 impl Home {
     pub(crate) fn new() -> Self {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
+        static SIGNALS: Once = Once::new();
+        SIGNALS.call_once(ignore_nothing_in_children);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let root = std::env::temp_dir().join(format!("handover-it-{}-{number}", std::process::id()));
         fs::DirBuilder::new().mode(0o700).create(&root).unwrap();

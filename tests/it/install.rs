@@ -6,6 +6,7 @@ use std::process::Command;
 
 use crate::command::{Run, run};
 use crate::home::{HANDOVER, Home};
+use crate::rights::is_installed_or_skip;
 
 const VERBS: [&str; 5] = ["upgrade", "status", "ps", "stop", "check"];
 
@@ -102,6 +103,53 @@ fn bash_completes() {
     run(command).exits_with(0).says("--pid --pid-file --previous\n");
 }
 
+/// A real line is completed, in a terminal of its own; a key shows what it has become.
+#[test]
+fn zsh_completes() {
+    if !is_installed_or_skip("zsh", "completions of zsh") {
+        return;
+    }
+    let (home, directory) = generated("completions");
+    let script = r#"
+        zmodload zsh/zpty
+        zpty shell zsh -f -i
+        zpty -w shell "fpath=($1 \$fpath); autoload -Uz compinit; compinit -u -D"
+        zpty -w shell 'show() { print -r -- "<$BUFFER>" }; zle -N show; bindkey "^T" show; PS1=rea""dy'
+        # The prompt: before it the terminal still edits lines by itself.
+        zpty -r shell said '*ready*'
+        for line in "$@[2,-1]"; do
+            zpty -w -n shell "$line"$'\t\C-T\C-U'
+            zpty -r shell said '*<*>*'
+            print -r -- "${${said##*<}%%>*}"
+        done
+        zpty -d shell"#;
+    let mut command = Command::new("timeout");
+    command.args(["30", "zsh", "-f", "-c", script, "zsh"]).arg(&directory).env("HOME", home.path(""));
+    command.args(["handover upgrade --pid-", "handover upg", "handover upgrade --wait hea", "handover stop --drain"]);
+    let lines = "handover upgrade --pid-file=\nhandover upgrade \nhandover upgrade --wait healthy \n\
+        handover stop --drain-timeout=\n";
+    assert_eq!(run(command).exits_with(0).stdout, lines);
+}
+
+#[test]
+fn fish_completes() {
+    if !is_installed_or_skip("fish", "completions of fish") {
+        return;
+    }
+    let (home, directory) = generated("completions");
+    let complete = |line: &str| {
+        let mut command = Command::new("fish");
+        let script = "source $argv[1]; complete --do-complete $argv[2]";
+        command.args(["--no-config", "-c", script]).arg(directory.join("handover.fish")).arg(line);
+        command.env("HOME", home.path(""));
+        let candidates = run(command).exits_with(0).stdout;
+        candidates.lines().map(|line| line.split('\t').next().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(complete("handover upgrade --p"), ["--pid", "--pid-file", "--previous"]);
+    assert_eq!(complete("handover upg"), ["upgrade"]);
+    assert_eq!(complete("handover upgrade --wait "), ["drained", "healthy", "ready"]);
+}
+
 fn install(root: &Path, more: &[&str]) -> Run {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/install.sh");
     let mut command = Command::new(script);
@@ -149,7 +197,16 @@ fn everything_is_installed_and_removed() {
 fn the_script_says_what_it_does_not_understand() {
     let home = Home::new();
     install(&home.path("root"), &["--help"]).exits_with(0).says("Usage: scripts/install.sh");
-    install(&home.path("root"), &["--prefiks"]).exits_with(1).complains("unknown option `--prefiks` (see --help)");
-    install(&home.path("root"), &["--prefix", "usr"]).exits_with(1).complains("wants an absolute path, not `usr`");
+    install(&home.path("root"), &["--prefiks"]).exits_with(2).complains("unknown option `--prefiks` (see --help)");
+    install(&home.path("root"), &["--prefix", "usr"]).exits_with(2).complains("wants an absolute path, not `usr`");
     assert_eq!(files_below(&home.path("root")), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn every_script_says_wrong_usage_as_the_command_does() {
+    for name in ["bench", "demo", "install", "load", "soak", "test"] {
+        let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("scripts/{name}.sh")));
+        command.arg("--nonsense");
+        run(command).exits_with(2).complains("`--nonsense`").complains("(see --help)");
+    }
 }

@@ -46,6 +46,28 @@ fn too_few_for_an_upgrade_it_says_so_and_serves_on() {
     assert_eq!(server.answerer().generation, 2);
 }
 
+/// Wherever in the upgrade they run out: it is done, or it is said; and nobody is left who was started and not watched.
+#[test]
+fn a_few_more_and_it_is_done_or_says_so() {
+    let mut done = 0;
+    for free in 4..10 {
+        let (server, idle) = with_free_fds(64, free);
+        let old = server.first_pid();
+        let run = server.handover(&["upgrade", "--pid", &old.to_string()]);
+        done += usize::from(run.code == Some(0));
+        match run.code {
+            Some(0) => {
+                assert_eq!(server.pid(), crate::client::ask(server_address(&idle), "/").answerer().pid.cast_signed())
+            }
+            _ => {
+                run.exits_with(1).complains("serves on");
+                eventually("nobody but the old process", || (server.home.processes() == [old]).then_some(()));
+            }
+        }
+    }
+    assert!((1..6).contains(&done), "{done}");
+}
+
 /// Clients wait in the queue, and whoever asks is let in: to be told, if nothing else.
 #[test]
 fn none_at_all_and_it_still_answers() {

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::home::{Home, fixture};
 use crate::rights::is_root_or_skip;
 use crate::server::Server;
-use crate::wait::eventually_equal;
+use crate::wait::{eventually, eventually_equal};
 
 #[track_caller]
 fn names(file: &Path, pid: i32) {
@@ -89,4 +89,18 @@ fn on_a_full_disk_fails_the_upgrade() {
     server.assert_holds(old, &before);
     let disk_as_it_sees_it = format!("/proc/{old}/root{}", disk.display());
     assert_eq!(fs::read_dir(disk_as_it_sees_it).unwrap().count(), 1);
+}
+
+/// What a process does that has no handler yet is to die: the file must never name one.
+#[test]
+fn whom_it_names_can_be_signalled_at_any_time() {
+    let (server, file) = start();
+    let load = server.load().start();
+    eventually("generation 8", || {
+        let pid: i32 = fs::read_to_string(&file).unwrap().trim().parse().unwrap();
+        server.signal(pid, nix::sys::signal::Signal::SIGUSR2);
+        server.status_of_serving().filter(|status| status.generation >= 8)
+    });
+    assert!(!server.home.log().contains("was killed by"), "{}", server.home.log());
+    load.stop().assert_lossless();
 }

@@ -86,11 +86,14 @@ impl Server {
     /// The process that serves.
     #[track_caller]
     pub(crate) fn serving(&self) -> Status {
-        eventually("a process that serves", || {
-            let pids = self.home.sockets().into_iter().filter_map(|name| name.strip_suffix(".sock")?.parse().ok());
-            let statuses = pids.filter_map(|pid: i32| self.try_status(pid).ok());
-            statuses.filter(|status| status.state == State::Serving).max_by_key(|status| status.generation)
-        })
+        eventually("a process that serves", || self.status_of_serving())
+    }
+
+    /// None while an upgrade is under way.
+    pub(crate) fn status_of_serving(&self) -> Option<Status> {
+        let pids = self.home.sockets().into_iter().filter_map(|name| name.strip_suffix(".sock")?.parse().ok());
+        let statuses = pids.filter_map(|pid: i32| self.try_status(pid).ok());
+        statuses.filter(|status| status.state == State::Serving).max_by_key(|status| status.generation)
     }
 
     #[track_caller]
@@ -176,16 +179,14 @@ impl Server {
     #[track_caller]
     pub(crate) fn settled_holdings(&self, pid: i32) -> Holdings {
         eventually("no open connection", || (self.status(pid).connections.open == 0).then_some(()));
-        let mut before = self.holdings(pid);
-        // The threads of connections, and what an upgrade has left, go a moment later.
-        eventually("the same twice", || {
-            std::thread::sleep(std::time::Duration::from_millis(20));
+        // The threads of connections, and what an upgrade has left, go a moment later, and nobody says when.
+        let mut looks = vec![self.holdings(pid)];
+        eventually("the same five times", || {
             let now = self.holdings(pid);
-            let same = now == before;
-            before = now;
-            same.then_some(())
-        });
-        before
+            looks.retain(|look| *look == now);
+            looks.push(now);
+            if looks.len() < 5 { None } else { looks.pop() }
+        })
     }
 
     /// No fd, thread, zombie, process or file more than before.

@@ -255,13 +255,32 @@ fn an_answer_of_the_wrong_shape_is_wrong() {
     }
 }
 
+/// Waits until nothing lies in the receive queue of the other end, which the kernel tells in hexadecimal.
+fn until_it_is_read(stream: &TcpStream) {
+    let name = |address: SocketAddr| match address {
+        SocketAddr::V4(four) => format!("{:08X}:{:04X}", u32::from_ne_bytes(four.ip().octets()), four.port()),
+        SocketAddr::V6(_) => panic!("{address} is not of version 4"),
+    };
+    let ends = format!(" {} {} ", name(stream.peer_addr().unwrap()), name(stream.local_addr().unwrap()));
+    let is_read = || {
+        let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+        let line = table.lines().find(|line| line.contains(&ends)).unwrap();
+        // Number, both ends, state; then what is to be sent and what is to be read.
+        line.split_whitespace().nth(4).unwrap().ends_with(":00000000")
+    };
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !is_read() {
+        assert!(Instant::now() < deadline, "the client does not read");
+        thread::yield_now();
+    }
+}
+
 #[test]
 fn bytes_that_come_before_the_close_are_wrong() {
     let address = server(|mut stream| {
         request(&mut stream);
         let _ = stream.write_all(response("gen=1 pid=7", "Connection: close\r\n").as_bytes());
-        // Time for the client to read the answer; should it not suffice, the outcome is the same.
-        thread::sleep(Duration::from_millis(20));
+        until_it_is_read(&stream);
         let _ = stream.write_all(b"more");
     });
     let tally = finish(Load::new(address).new_connections(2).kept(2).requests(8));

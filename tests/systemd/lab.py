@@ -59,6 +59,13 @@ def lives(pid: int) -> bool:
     return False
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether it has a handler for a signal."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as status:
+        masks = dict(line.split(":", 1) for line in status)
+    return bool(int(masks["SigCgt"], 16) >> (number - 1) & 1)
+
+
 def states(pid: int) -> Set[str]:
     """Of its threads."""
     found = set()

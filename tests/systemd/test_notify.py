@@ -16,7 +16,7 @@ import time
 import unittest
 from typing import Dict, List, NamedTuple
 
-from lab import BIN, HANDOVER, PATIENCE_SECONDS, lives, run, wait_for, who
+from lab import BIN, HANDOVER, PATIENCE_SECONDS, catches, lives, run, wait_for, who
 
 QUIET_SECONDS = 0.5
 CREDENTIALS = struct.Struct("3i")
@@ -106,6 +106,8 @@ class Notify(unittest.TestCase):
         self.assertEqual((ready.pid, ready.lines["READY"]), (pid, "1"))
         new = self.last = int(ready.lines["MAINPID"])
         self.assertEqual(ready.lines["STATUS"], f"generation {generation} serves, generation {generation - 1} drains")
+        # `ExecReload=kill -USR2 $MAINPID` must not kill it.
+        self.assertTrue(catches(new, signal.SIGUSR2) and catches(new, signal.SIGTERM))
         barrier = self.manager.next()
         self.assertEqual((barrier.pid, barrier.lines, len(barrier.fds)), (pid, {"BARRIER": "1"}, 1))
         # Until the barrier is down the new process says nothing, and the old one does not exit.

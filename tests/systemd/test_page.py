@@ -28,20 +28,31 @@ class Page(ServiceCase):
                 service = self.started(block, *changes)
                 checked = run(HANDOVER, "check", "--unit", service.unit, check=False)
                 self.assertEqual(checked.returncode, 0, checked.stdout + checked.stderr)
+                self.assertNotIn("warning", checked.stdout)
                 service.stop()
 
+    def finds(self, *findings: str, block: str = "library", change=("Restart=always", "Restart=always")) -> None:
+        with self.subTest(findings):
+            service = self.started(block, change)
+            checked = run(HANDOVER, "check", "--unit", service.unit, check=False)
+            for finding in findings:
+                self.assertRegex(checked.stdout, finding)
+            service.stop()
+
     def test_check_finds_what_the_page_warns_of(self) -> None:
-        warnings = {
-            "signal": (),
-            "library": (("RuntimeDirectory", "TimeoutStartSec=5s\nRuntimeDirectory"),),
+        self.finds("warning +unit +ExecReload=.*kill -USR2", block="signal")
+        changes = {
+            "TimeoutStartSec=5s": ["problem +unit +TimeoutStartSec=5s"],
+            "TimeoutStopSec=20s": ["warning +unit +TimeoutStopSec=20s"],
+            "Restart=on-failure\nKillMode=mixed": [
+                "warning +unit +Restart=on-failure",
+                "warning +unit +KillMode=mixed",
+            ],
+            "ExecStop=": ["warning +unit +no ExecStop="],
+            "ExecStop=\nExecStop=" + HANDOVER + " stop --pid $MAINPID": ["warning +unit +ExecStop=.*is a failed one"],
         }
-        for block, changes in warnings.items():
-            with self.subTest(block):
-                service = self.started(block, *changes)
-                checked = run(HANDOVER, "check", "--unit", service.unit, check=False)
-                self.assertNotEqual(checked.stdout.count("unit"), 0, checked.stdout)
-                self.assertRegex(checked.stdout, "kill -USR2|TimeoutStartSec|5 ?s")
-                service.stop()
+        for settings, findings in changes.items():
+            self.finds(*findings, change=("Restart=always", f"Restart=always\n{settings}"))
 
     def test_the_user_sees_the_service_in_its_own_words(self) -> None:
         service = self.started("library")

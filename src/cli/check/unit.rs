@@ -1,22 +1,23 @@
 //! The systemd unit: would `systemctl reload` upgrade the service, and tell the truth about it?
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use handover::control::Target;
-use nix::sys::signal::Signal;
 
 use super::Findings;
+use super::exec_line::{ExecLine, RELOAD};
 use super::process::Process;
 use super::systemctl::{self, Properties};
 use super::unit_file::{UnitFile, time_span};
 
-/// What systemd does where the unit says nothing (DefaultTimeoutStartSec).
-const DEFAULT_TIMEOUT_START: Duration = Duration::from_secs(90);
+/// What systemd does where the unit says nothing (DefaultTimeoutStartSec, DefaultTimeoutStopSec).
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(90);
 /// Those of the library, where no process says otherwise.
 const DEFAULT_READY_TIMEOUT: Duration = Duration::from_secs(30);
 const DEFAULT_TRIAL: Duration = Duration::from_secs(1);
-const RELOAD: &str = "ExecReload=handover upgrade --pid $MAINPID";
+const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+const STOP: &str = "ExecStop=-handover stop --pid $MAINPID";
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Unit {
@@ -25,21 +26,15 @@ pub(super) struct Unit {
     kill_mode: String,
     start: Option<ExecLine>,
     reload: Vec<ExecLine>,
+    stop: Vec<ExecLine>,
+    restart: String,
     /// `None`: for ever.
     timeout_start: Option<Duration>,
+    timeout_stop: Option<Duration>,
     watchdog: Option<Duration>,
     fd_store_max: usize,
     main_pid: Option<i32>,
     is_stale: bool,
-}
-
-/// A command of the unit.
-#[derive(Debug, PartialEq, Eq)]
-struct ExecLine {
-    program: PathBuf,
-    /// With its arguments.
-    text: String,
-    ignores_failure: bool,
 }
 
 impl Unit {
@@ -71,14 +66,21 @@ impl Unit {
         let kind = file.one("Type").unwrap_or(if file.one("BusName").is_some() { "dbus" } else { "simple" });
         let notifies = kind.starts_with("notify") || file.one("WatchdogSec").is_some();
         let span = |name: &str| file.one(name).and_then(time_span);
-        let timeout = span("TimeoutStartSec").or_else(|| span("TimeoutSec"));
+        let timeout = |name: &str| {
+            let named = span(name).or_else(|| span("TimeoutSec"));
+            named.unwrap_or(Some(DEFAULT_TIMEOUT)).filter(|time| !time.is_zero())
+        };
+        let lines = |name: &str| file.all(name).iter().filter_map(|line| ExecLine::of_file(line)).collect();
         Self {
             kind: kind.to_owned(),
             notify_access: file.one("NotifyAccess").unwrap_or(if notifies { "main" } else { "none" }).to_owned(),
             kill_mode: file.one("KillMode").unwrap_or("control-group").to_owned(),
             start: file.one("ExecStart").and_then(ExecLine::of_file),
-            reload: file.all("ExecReload").iter().filter_map(|line| ExecLine::of_file(line)).collect(),
-            timeout_start: timeout.unwrap_or(Some(DEFAULT_TIMEOUT_START)).filter(|time| !time.is_zero()),
+            reload: lines("ExecReload"),
+            stop: lines("ExecStop"),
+            restart: file.one("Restart").unwrap_or("no").to_owned(),
+            timeout_start: timeout("TimeoutStartSec"),
+            timeout_stop: timeout("TimeoutStopSec"),
             watchdog: span("WatchdogSec").flatten().filter(|time| !time.is_zero()),
             fd_store_max: file.one("FileDescriptorStoreMax").and_then(|max| max.parse().ok()).unwrap_or(0),
             main_pid: None,
@@ -89,13 +91,17 @@ impl Unit {
     fn from_properties(properties: &Properties) -> Self {
         let text = |name| properties.one(name).unwrap_or_default().to_owned();
         let span = |name| properties.one(name).and_then(time_span);
+        let lines = |name| properties.all(name).filter_map(ExecLine::of_property).collect();
         Self {
             kind: text("Type"),
             notify_access: text("NotifyAccess"),
             kill_mode: text("KillMode"),
             start: properties.one("ExecStart").and_then(ExecLine::of_property),
-            reload: properties.all("ExecReload").filter_map(ExecLine::of_property).collect(),
+            reload: lines("ExecReload"),
+            stop: lines("ExecStop"),
+            restart: text("Restart"),
             timeout_start: span("TimeoutStartUSec").flatten(),
+            timeout_stop: span("TimeoutStopUSec").flatten(),
             watchdog: span("WatchdogUSec").flatten().filter(|time| !time.is_zero()),
             fd_store_max: text("FileDescriptorStoreMax").parse().unwrap_or(0),
             main_pid: text("MainPID").parse().ok().filter(|pid| *pid > 0),
@@ -119,6 +125,8 @@ impl Unit {
         self.check_kill_mode(findings);
         self.check_start(process, findings);
         self.check_reload(process, findings);
+        self.check_stop(findings);
+        self.check_restart(findings);
         self.check_times(process, findings);
         self.check_fd_store(process, findings);
         if self.is_stale {
@@ -157,12 +165,12 @@ impl Unit {
     }
 
     fn check_kill_mode(&self, findings: &mut Findings) {
-        if !matches!(self.kill_mode.as_str(), "control-group" | "mixed") {
-            findings.warning(
-                format!("KillMode={}: a generation that drains outlives `systemctl stop`", self.kill_mode),
-                "remove it, or KillMode=mixed",
-            );
-        }
+        let what = match self.kill_mode.as_str() {
+            "control-group" => return,
+            "mixed" => "an older generation that drains is killed by `systemctl stop`",
+            _ => "a generation that drains outlives `systemctl stop`",
+        };
+        findings.warning(format!("KillMode={}: {what}", self.kill_mode), "remove it");
     }
 
     fn check_start(&self, process: Option<&Process>, findings: &mut Findings) {
@@ -188,13 +196,39 @@ impl Unit {
             return findings.warning("there is no ExecReload=, so `systemctl reload` does not upgrade", RELOAD);
         }
         for line in &self.reload {
-            line.check(process, findings);
+            line.check_reload(process, findings);
         }
         let upgrades = |line: &ExecLine| line.is_upgrade() || line.signal().is_some();
         if !self.reload.is_empty() && !self.reload.iter().any(upgrades) {
             let first = self.reload.first().map(|line| line.text.as_str()).unwrap_or_default();
             findings.warning(format!("ExecReload={first} does not upgrade, as far as can be seen"), RELOAD);
         }
+    }
+
+    /// docs/systemd.md has the reasons.
+    fn check_stop(&self, findings: &mut Findings) {
+        match self.stop.iter().find(|line| line.is_handover("stop")) {
+            None => findings.warning(
+                "no ExecStop= that waits: after an upgrade `systemctl stop` and `restart` cut what is in flight",
+                STOP,
+            ),
+            Some(line) if !line.ignores_failure => findings.warning(
+                format!("ExecStop={}: a stop after a crash, or one that cuts connections, is a failed one", line.text),
+                STOP,
+            ),
+            Some(line) => findings.ok(format!("ExecStop=-{}", line.text)),
+        }
+    }
+
+    fn check_restart(&self, findings: &mut Findings) {
+        let what = match self.restart.as_str() {
+            "always" => return findings.ok("Restart=always"),
+            "no" => "nothing starts the service again when it crashes",
+            _ => {
+                "a crash while an older generation drains is taken for a clean end, and nothing starts the service again"
+            }
+        };
+        findings.warning(format!("Restart={}: {what}", self.restart), "Restart=always");
     }
 
     /// TimeoutStartSec= holds for a reload too.
@@ -213,6 +247,18 @@ impl Unit {
                     show(whole)
                 ),
                 format!("TimeoutStartSec={} or more, or `handover upgrade --ready-timeout`", whole.as_secs() + 5),
+            );
+        }
+        let drain =
+            limits.map(|limits| Duration::from_millis(limits.drain_timeout_ms)).unwrap_or(DEFAULT_DRAIN_TIMEOUT);
+        if let Some(limit) = self.timeout_stop.filter(|limit| *limit < drain) {
+            findings.warning(
+                format!(
+                    "TimeoutStopSec={}: what has not drained by then is killed, and drain_timeout is {}",
+                    show(limit),
+                    show(drain)
+                ),
+                format!("TimeoutStopSec={} or more, or a shorter drain_timeout", drain.as_secs() + 5),
             );
         }
         if let Some(limit) = self.watchdog.filter(|limit| *limit < ready) {
@@ -241,70 +287,6 @@ impl Unit {
     }
 }
 
-impl ExecLine {
-    /// `@-:+!` before the path are systemd's.
-    fn of_file(line: &str) -> Option<Self> {
-        let text = line.trim_start_matches(['@', '-', ':', '+', '!']);
-        let flags = line.get(..line.len() - text.len())?;
-        let program = text.split_ascii_whitespace().next()?.trim_matches(['"', '\'']);
-        Some(Self { program: program.into(), text: text.to_owned(), ignores_failure: flags.contains('-') })
-    }
-
-    /// `{ path=/bin/a ; argv[]=/bin/a b ; ignore_errors=no ; … }`
-    fn of_property(value: &str) -> Option<Self> {
-        let mut parts = value.trim_start_matches("{ ").split(" ; ");
-        let program = parts.next()?.strip_prefix("path=")?;
-        let text = parts.next()?.strip_prefix("argv[]=")?;
-        let ignores_failure = parts.any(|part| part == "ignore_errors=yes");
-        Some(Self { program: program.into(), text: text.to_owned(), ignores_failure })
-    }
-
-    fn check(&self, process: Option<&Process>, findings: &mut Findings) {
-        if self.program.is_absolute() && !self.program.exists() {
-            return findings
-                .problem(format!("ExecReload={}: there is no such program", self.program.display()), "mend the path");
-        }
-        if self.ignores_failure {
-            findings.problem(
-                format!("ExecReload=-{}: `systemctl reload` says yes when the upgrade has failed", self.text),
-                "remove the `-`",
-            );
-        }
-        if let Some(signal) = self.signal() {
-            match process {
-                Some(process) if !process.catches(signal as i32) => findings.problem(
-                    format!("ExecReload={} sends {signal}, for which the process has no handler", self.text),
-                    RELOAD,
-                ),
-                _ => findings.warning(
-                    format!("ExecReload={}: a signal answers nobody, so every reload succeeds", self.text),
-                    RELOAD,
-                ),
-            }
-        } else if self.is_upgrade() && !self.ignores_failure {
-            findings.ok(format!("ExecReload={}", self.text));
-        }
-    }
-
-    fn is_upgrade(&self) -> bool {
-        let mut words = self.text.split(|one: char| one.is_ascii_whitespace() || "\"';&|".contains(one));
-        words.any(|word| Path::new(word).file_name().is_some_and(|name| name == "handover"))
-            && words.any(|word| word == "upgrade")
-    }
-
-    /// The one that `kill` sends.
-    fn signal(&self) -> Option<Signal> {
-        let mut words = self.text.split(|one: char| one.is_ascii_whitespace() || "\"';&|".contains(one));
-        words.find(|word| Path::new(word).file_name().is_some_and(|name| name == "kill"))?;
-        words.find_map(|word| {
-            let name = word.trim_start_matches("--signal=").trim_start_matches('-');
-            let by_number = || Signal::try_from(name.parse::<i32>().ok().filter(|_| word.starts_with('-'))?).ok();
-            let long = format!("SIG{}", name.trim_start_matches("SIG"));
-            long.parse().ok().or_else(by_number)
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::Level;
@@ -321,7 +303,8 @@ mod tests {
 
     /// Of a good unit with other settings put in.
     fn found(settings: &str) -> Vec<(Level, String)> {
-        let good = "[Service]\nType=notify\nExecStart=/bin/sh\nExecReload=handover upgrade --pid $MAINPID\n";
+        let good = "[Service]\nType=notify\nExecStart=/bin/sh\nExecReload=handover upgrade --pid $MAINPID\n\
+            ExecStop=-handover stop --pid $MAINPID\nRestart=always\n";
         let mut findings = Findings::about("unit");
         unit(&format!("{good}{settings}")).check(None, &mut findings);
         let bad = findings.all.into_iter().filter(|finding| finding.level != Level::Ok);
@@ -337,7 +320,7 @@ mod tests {
     #[test]
     fn a_good_unit_has_nothing_to_mend() {
         assert_eq!(found(""), []);
-        assert_eq!(found("TimeoutStartSec=infinity\nWatchdogSec=60\nKillMode=mixed\n"), []);
+        assert_eq!(found("TimeoutStartSec=infinity\nWatchdogSec=60\nKillMode=control-group\n"), []);
     }
 
     #[test]
@@ -355,32 +338,24 @@ mod tests {
         finds("ExecStart=\nExecStart=/no/such/server --port 80\n", Level::Problem, "ExecStart=/no/such/server");
         finds("TimeoutStartSec=20\n", Level::Problem, "TimeoutStartSec=20s");
         finds("TimeoutSec=20\n", Level::Problem, "TimeoutStartSec=20s");
+        finds("KillMode=mixed\n", Level::Warning, "is killed by `systemctl stop`");
+        finds("ExecStop=\n", Level::Warning, "no ExecStop= that waits");
+        finds("ExecStop=\nExecStop=-/bin/true\n", Level::Warning, "no ExecStop= that waits");
+        finds("ExecStop=\nExecStop=handover stop --pid $MAINPID\n", Level::Warning, "is a failed one");
+        finds("Restart=on-failure\n", Level::Warning, "Restart=on-failure: a crash while an older generation drains");
+        finds("Restart=no\n", Level::Warning, "Restart=no: nothing starts the service again");
+        finds("TimeoutStopSec=30\n", Level::Warning, "TimeoutStopSec=30s: what has not drained by then is killed");
         finds("WatchdogSec=10s\n", Level::Warning, "WatchdogSec=10s");
-    }
-
-    #[test]
-    fn the_signal_of_a_kill_is_read_in_every_spelling() {
-        let signal = |line: &str| ExecLine::of_file(line).unwrap().signal();
-        for line in ["/bin/kill -HUP $MAINPID", "kill -s HUP 1", "-kill -SIGHUP 1", "kill -1 $MAINPID"] {
-            assert_eq!(signal(line), Some(Signal::SIGHUP), "{line}");
-        }
-        assert_eq!(signal("/bin/sh -c 'kill --signal=USR2 $MAINPID'"), Some(Signal::SIGUSR2));
-        assert_eq!(signal("handover upgrade --pid 1"), None);
-    }
-
-    #[test]
-    fn upgrades_are_recognised() {
-        let is = |line: &str| ExecLine::of_file(line).unwrap().is_upgrade();
-        assert!(is("handover upgrade --pid $MAINPID") && is("/bin/sh -c \"/usr/bin/handover upgrade --pid 1\""));
-        assert!(!is("handover status") && !is("/usr/bin/upgrade handover"));
     }
 
     #[test]
     fn what_systemctl_shows_is_read() {
         let properties = Properties::parse(
-            "Type=notify\nNotifyAccess=main\nKillMode=control-group\nTimeoutStartUSec=1min 30s\nWatchdogUSec=0\n\
+            "Type=notify\nNotifyAccess=main\nKillMode=control-group\nTimeoutStartUSec=1min 30s\n\
+             TimeoutStopUSec=infinity\nRestart=on-failure\nWatchdogUSec=0\n\
              FileDescriptorStoreMax=16\nMainPID=4711\nNeedDaemonReload=yes\nLoadState=loaded\n\
              ExecStart={ path=/srv/app ; argv[]=/srv/app --x ; ignore_errors=no ; start_time=[n/a] ; pid=0 }\n\
+             ExecStop={ path=/bin/b ; argv[]=b ; ignore_errors=yes ; start_time=[n/a] }\n\
              ExecReload={ path=/bin/a ; argv[]=a b ; ignore_errors=yes ; start_time=[n/a] }\n\
              ExecReload={ path=/bin/c ; argv[]=c ; ignore_errors=no ; start_time=[n/a] }\n",
         );
@@ -395,7 +370,10 @@ mod tests {
             kill_mode: "control-group".into(),
             start: Some(line("/srv/app", "/srv/app --x", false)),
             reload: vec![line("/bin/a", "a b", true), line("/bin/c", "c", false)],
+            stop: vec![line("/bin/b", "b", true)],
+            restart: "on-failure".into(),
             timeout_start: Some(Duration::from_secs(90)),
+            timeout_stop: None,
             watchdog: None,
             fd_store_max: 16,
             main_pid: Some(4711),

@@ -1,0 +1,119 @@
+//! `handover check` in a control group that is too small for two generations. Needs root, and a kernel whose groups, of
+//! either version, can be written to.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::command::{Run, run};
+use crate::home::{HANDOVER, Home, fixture};
+use crate::rights::is_root_or_skip;
+use crate::server::{SOON, Server};
+use crate::wait::eventually;
+
+/// A group of a test's own.
+struct Group {
+    directory: PathBuf,
+    is_version_2: bool,
+}
+
+impl Group {
+    fn new(controller: &str) -> Option<Self> {
+        if !is_root_or_skip("limits of control groups") {
+            return None;
+        }
+        let name = format!("handover-it-{}-{controller}", std::process::id());
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let own = own.lines().find_map(|line| line.split_once(&format!(":{controller}:/"))).map(|(_, path)| path);
+        let is_version_2 = own.is_none();
+        let parent = match own {
+            Some(path) => Path::new("/sys/fs/cgroup").join(controller).join(path),
+            None => PathBuf::from("/sys/fs/cgroup"),
+        };
+        let directory = parent.join(name);
+        let usable = fs::create_dir(&directory).is_ok() && directory.join(limit_of(controller, is_version_2)).exists();
+        let group = Self { directory, is_version_2 };
+        if !usable {
+            eprintln!("left out, because no group with the controller {controller} can be made: limits of it");
+            return None;
+        }
+        Some(group)
+    }
+
+    fn start(&self, options: &[&str]) -> Server {
+        let home = Home::new();
+        let script = "echo $$ >\"$0/cgroup.procs\" && exec \"$@\"";
+        let program = fixture();
+        let start = ["-c", script, self.directory.to_str().unwrap(), program.to_str().unwrap()];
+        let command = home.logged("/bin/sh", &[&start, &SOON[..], &["--tcp", "http=127.0.0.1:0"], options].concat());
+        Server::run(home, command)
+    }
+
+    fn read(&self, name: &str) -> u64 {
+        fs::read_to_string(self.directory.join(name)).unwrap().trim().parse().unwrap()
+    }
+
+    fn limit(&self, controller: &str, limit: u64) {
+        let file = self.directory.join(limit_of(controller, self.is_version_2));
+        fs::write(file, limit.to_string()).unwrap();
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Processes that have been killed leave it a moment later.
+        eventually("an empty group", || {
+            let removed = fs::remove_dir(&self.directory);
+            (removed.is_ok() || !self.directory.exists()).then_some(())
+        });
+    }
+}
+
+fn limit_of(controller: &str, is_version_2: bool) -> &'static str {
+    match (controller, is_version_2) {
+        ("pids", _) => "pids.max",
+        (_, true) => "memory.max",
+        (_, false) => "memory.limit_in_bytes",
+    }
+}
+
+fn check(server: &Server) -> Run {
+    let mut command = Command::new(HANDOVER);
+    command.args(["check", "--pid", &server.first_pid().to_string()]);
+    run(command)
+}
+
+#[test]
+fn memory_for_two_is_looked_for() {
+    const STATE_BYTES: u64 = 32 << 20;
+    let Some(group) = Group::new("memory") else { return };
+    let server = group.start(&["--state-bytes", &STATE_BYTES.to_string()]);
+    let used = group.read(if group.is_version_2 { "memory.current" } else { "memory.usage_in_bytes" });
+    group.limit("memory", used + STATE_BYTES / 4);
+    let run = check(&server).exits_with(0).says(&format!("the control group {}", group.directory.display()));
+    let line = run.stdout.lines().find(|line| line.contains("the control group")).unwrap();
+    assert!(line.starts_with("warning  process ") && line.contains("a new one as large does not fit"), "{line}");
+    assert!(line.contains("MemoryMax="), "{line}");
+    group.limit("memory", 4 * (used + STATE_BYTES));
+    let run = check(&server).exits_with(0);
+    let line = run.stdout.lines().find(|line| line.contains("has room for a second copy")).unwrap();
+    assert!(line.starts_with("ok       process "), "{line}");
+    server.upgrade(&[]).exits_with(0);
+}
+
+#[test]
+fn tasks_for_two_are_looked_for() {
+    let Some(group) = Group::new("pids") else { return };
+    let server = group.start(&[]);
+    let _ = server.settled_holdings(server.first_pid());
+    let tasks = group.read("pids.current");
+    let about = format!("the control group {} has room for", group.directory.display());
+    group.limit("pids", tasks);
+    check(&server).exits_with(1).says("problem  process ").says(&format!("{about} 0 more tasks (limit {tasks})"));
+    server.upgrade(&[]).exits_with(1).complains("out of processes or memory").complains("serves on");
+    group.limit("pids", tasks + 1);
+    check(&server).exits_with(0).says("warning  process ").says(&format!("{about} 1 more tasks"));
+    group.limit("pids", 10 * tasks);
+    assert!(!check(&server).exits_with(0).stdout.contains("more tasks"));
+    server.upgrade(&[]).exits_with(0);
+}
