@@ -10,6 +10,8 @@ pub(crate) mod messages;
 pub(crate) mod server;
 
 pub use client::{Answer, Client};
+#[cfg(feature = "cli")]
+pub(crate) use find::unix_sockets;
 pub use find::{Service, Target, services};
 pub use messages::{
     AcceptedEvent, BuildIdentity, ConnectionCounts, LastUpgrade, Limits, ListenerStatus, Outcome, ResultEvent,

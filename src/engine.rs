@@ -29,6 +29,8 @@ use crate::shared::Shared;
 use crate::systemd::Notifier;
 use crate::upgrade::{self, Origin, Refusal, Timer, Upgrade};
 
+#[cfg(feature = "cli")]
+pub(crate) use announce::listener_status;
 use attempt::{Attempt, Process, Report, Requester};
 use new_side::Upstream;
 pub(crate) use signals::SignalPipe;

@@ -266,7 +266,7 @@ impl Engine {
     }
 }
 
-fn listener_status(entry: &Entry) -> ListenerStatus {
+pub(crate) fn listener_status(entry: &Entry) -> ListenerStatus {
     let queue = entry.socket.fd().and_then(|fd| match entry.kind {
         Kind::Tcp => sys::accept_backlog(fd.as_fd()).ok(),
         Kind::Udp | Kind::UnixDatagram => sys::unread_bytes(fd.as_fd()).ok(),
