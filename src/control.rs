@@ -15,7 +15,7 @@ pub(crate) use find::unix_sockets;
 pub use find::{Service, Target, services};
 pub use messages::{
     AcceptedEvent, BuildIdentity, ConnectionCounts, LastUpgrade, Limits, ListenerStatus, Outcome, ResultEvent,
-    StageEvent, StageName, State, Status, UpgradeRequest, Wait,
+    StageEvent, StageName, State, Status, UpgradeRequest, Wait, WorkerStatus,
 };
 
 /// The longest request line.

@@ -262,6 +262,8 @@ impl Engine {
             last_upgrade: self.last_upgrade.clone(),
             limits: Some(shared.config.limits()),
             handover: env!("CARGO_PKG_VERSION").to_owned(),
+            name: None,
+            workers: vec![],
         }
     }
 }

@@ -89,7 +89,7 @@ impl Attempt {
 }
 
 /// With three decimals: microseconds are what can be told apart.
-pub(super) fn milliseconds_since(begun: Instant) -> f64 {
+pub(crate) fn milliseconds_since(begun: Instant) -> f64 {
     (begun.elapsed().as_secs_f64() * 1e6).round() / 1e3
 }
 

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) type WorkerId = u64;
 
+pub(crate) const WORKERS_MAX: usize = 1024;
 /// A worker that cannot even be killed (a dead disk) is not waited for longer.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Whoever has served for so long and then dies is no part of a crash loop.
@@ -145,6 +146,10 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
+    pub(crate) fn is_starting(&self) -> bool {
+        matches!(self.stage, Stage::Starting { .. })
+    }
+
     fn is_up(&self) -> bool {
         matches!(self.stage, Stage::Starting { .. } | Stage::Ready)
     }
@@ -294,7 +299,8 @@ impl Machine {
         matches!(self.doing, Doing::Rolling(_))
     }
 
-    fn refusal(&self) -> Option<Refusal> {
+    /// Why no upgrade can begin now.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
         let mut draining: Vec<u64> =
             self.workers.values().map(|worker| worker.generation).filter(|one| *one < self.generation).collect();
         draining.dedup();
@@ -308,7 +314,7 @@ impl Machine {
     }
 
     fn tell_to_stop(&mut self, timeout: Duration, now: Instant, which: impl Fn(&Worker) -> bool) {
-        let deadline = (!timeout.is_zero()).then(|| now + timeout);
+        let deadline = after(timeout, now);
         for (id, worker) in &mut self.workers {
             if worker.is_up() && which(worker) {
                 worker.stage = Stage::Stopping { deadline };
@@ -329,7 +335,7 @@ impl Machine {
         }
         self.tell_to_stop(timeout.unwrap_or(self.policy.drain_timeout), now, |_| true);
         if let Some(timeout) = timeout {
-            let new = (!timeout.is_zero()).then(|| now + timeout);
+            let new = after(timeout, now);
             for worker in self.workers.values_mut() {
                 if let Stage::Stopping { deadline } = &mut worker.stage {
                     *deadline = new;
@@ -363,6 +369,11 @@ impl Machine {
             self.actions.push(Action::Finish);
         }
     }
+}
+
+/// Zero is for ever.
+fn after(timeout: Duration, now: Instant) -> Option<Instant> {
+    (!timeout.is_zero()).then(|| now + timeout)
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ pub(super) struct Sockets {
 
 impl Sockets {
     /// Takes from a service manager what it has passed, and binds the rest.
-    pub(super) fn open(wanted: &[Listen]) -> Result<Self, Error> {
+    pub(super) fn open(wanted: &[Listen], non_blocking: bool) -> Result<Self, Error> {
         let gate = Gate::new(|| {}).map_err(|error| Error::io("prepare to listen", error))?;
         gate.open();
         let mut listeners = Listeners::new(socket_activation::from_environment());
@@ -50,8 +50,7 @@ impl Sockets {
         names.extend(passed.collect::<Vec<_>>());
         let sockets = Self { listeners, gate, names };
         for entry in sockets.entries() {
-            // As systemd does by default: a program that wants them otherwise says so, a simple one does not know how.
-            let set = entry.socket.fd().map_or(Ok(()), |fd| SockRef::from(&fd).set_nonblocking(false));
+            let set = entry.socket.fd().map_or(Ok(()), |fd| SockRef::from(&fd).set_nonblocking(non_blocking));
             set.map_err(|error| Error::io(format!("prepare listener `{}`", entry.name), error))?;
         }
         Ok(sockets)
@@ -148,7 +147,7 @@ mod tests {
     fn a_program_is_told_in_each_of_the_ways() {
         let wanted: Vec<Listen> =
             ["web=127.0.0.1:0", "udp:127.0.0.1:0", "@handover-test-sockets"].map(|text| text.parse().unwrap()).into();
-        let sockets = Sockets::open(&wanted).unwrap();
+        let sockets = Sockets::open(&wanted, false).unwrap();
         let addresses: Vec<String> = sockets.addresses().iter().map(ToString::to_string).collect();
         let variables = sockets.environment(7);
         let value = |name: &str| variables.iter().find(|(other, _)| other == name).unwrap().1.clone();

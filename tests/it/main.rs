@@ -40,3 +40,4 @@ mod pull;
 mod activation;
 mod namespaces;
 mod load;
+mod exec;

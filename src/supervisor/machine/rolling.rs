@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Action, Build, Doing, Failure, KILL_TIMEOUT, Machine, Order, Roll, Stage, Step, Worker, WorkerId};
+use super::{Action, Build, Doing, Failure, KILL_TIMEOUT, Machine, Order, Roll, Stage, Step, Worker, WorkerId, after};
 
 impl Machine {
     pub(super) fn roll(&mut self, order: Order, now: Instant) {
@@ -87,18 +87,26 @@ impl Machine {
         self.tell_to_stop(roll.order.drain_timeout, now, |worker| worker.generation < roll.generation);
     }
 
-    /// The one end of every failure: the new workers go, and the old ones are as they were. Where the old one of a slot
-    /// is not there any more, a new one that serves does so until the committed build is back.
+    /// The one end of every failure: the new workers go, and the old ones are as they were. A new one that serves already
+    /// finishes what it has accepted; where the old one of its slot is not there any more, it serves until that is back.
     pub(super) fn give_up(&mut self, failure: Failure, worker: Option<WorkerId>, now: Instant) {
         let Doing::Rolling(roll) = std::mem::replace(&mut self.doing, Doing::Nothing) else { return };
         let committed = |worker: &&Worker| worker.generation == self.generation && worker.stage == Stage::Ready;
         let served: Vec<usize> = self.workers.values().filter(committed).map(|worker| worker.slot).collect();
-        let may_stay = self.policy.overlap && self.generation > 0;
         for (id, new) in self.workers.iter_mut().filter(|(_, worker)| worker.generation == roll.generation) {
-            let is_needed = may_stay && new.stage == Stage::Ready && !served.contains(&new.slot);
-            if !is_needed && !matches!(new.stage, Stage::Killed { .. }) {
-                new.stage = Stage::Killed { deadline: now + KILL_TIMEOUT, crashed: false };
-                self.actions.push(Action::Kill(*id));
+            match new.stage {
+                Stage::Ready if self.generation > 0 => {
+                    if served.contains(&new.slot) || !self.policy.overlap {
+                        new.stage = Stage::Stopping { deadline: after(roll.order.drain_timeout, now) };
+                        self.actions.push(Action::Stop(*id));
+                    }
+                }
+                Stage::Starting { .. } | Stage::Ready => {
+                    new.stage = Stage::Killed { deadline: now + KILL_TIMEOUT, crashed: false };
+                    self.actions.push(Action::Kill(*id));
+                }
+                // Perhaps of an attempt before.
+                Stage::Stopping { .. } | Stage::Killed { .. } => {}
             }
         }
         let in_trial = matches!(roll.step, Step::Trial { .. });

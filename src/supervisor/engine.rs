@@ -1,0 +1,348 @@
+//! The loop of a supervisor: it waits for whatever can happen, tells the machine, and does what the machine answers. It
+//! decides nothing about generations, and it never blocks.
+
+mod answers;
+mod manager;
+mod perform;
+mod reap;
+mod report;
+mod scale;
+mod status;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::poll::{PollFd, PollFlags};
+
+use super::build::{Build, Recipe};
+use super::machine::{Event, Machine, Order, Phase, Policy, WorkerId};
+use super::options::Options;
+use super::output::{Output, Passed};
+use super::sockets::Sockets;
+use super::usage;
+use super::worker::Worker;
+use crate::config::Signals;
+use crate::control::messages::LastUpgrade;
+use crate::control::server::{ClientId, Server};
+use crate::control::{BuildIdentity, UpgradeRequest};
+use crate::engine::SignalPipe;
+use crate::error::Error;
+use crate::pid_file::PidFile;
+use crate::poll;
+use crate::systemd::Notifier;
+
+use answers::{Attempt, Drain, Requester};
+use reap::ChildSignals;
+use report::Report;
+use scale::Scaling;
+
+const MAX_DRAINING: usize = 4;
+const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const DRAIN_COUNT_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How the life of a supervisor ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Connections that were still open when their worker was killed.
+    pub cut: usize,
+}
+
+pub(super) struct Supervisor {
+    options: Options,
+    machine: Machine,
+    sockets: Sockets,
+    workers: BTreeMap<WorkerId, Worker>,
+    /// What workers that are gone have left in their pipes, or what they started still writes.
+    leftovers: Vec<Output>,
+    recipe: Recipe,
+    /// Of the upgrade under way.
+    new: Option<Build>,
+    committed: Option<Build>,
+    previous: Option<BuildIdentity>,
+    attempt: Option<Attempt>,
+    reports: Vec<Report>,
+    /// Older generations that somebody waits for.
+    drains: Vec<Drain>,
+    stop_clients: Vec<(ClientId, Instant)>,
+    scaling: Option<Scaling>,
+    /// Which worker ended last, and how.
+    last_exit: Option<(usize, String)>,
+    last_upgrade: Option<LastUpgrade>,
+    since: SystemTime,
+    server: Server,
+    signals: Option<SignalPipe>,
+    children: ChildSignals,
+    notifier: Option<Notifier>,
+    pid_file: Option<PidFile>,
+    timers: Timers,
+    /// Our own stderr takes nothing: nothing is read for it.
+    stderr_is_blocked: bool,
+    cut: usize,
+    last_count: Option<usize>,
+    not_started: Option<Error>,
+}
+
+#[derive(Default)]
+struct Timers {
+    alive: Option<Instant>,
+    drain_count: Option<Instant>,
+    watchdog: Option<Instant>,
+}
+
+/// What is polled.
+#[derive(Clone, Copy)]
+enum Source {
+    Signals,
+    Children,
+    Listener,
+    Client(ClientId),
+    Notify(WorkerId),
+    Channel(WorkerId),
+    Output(WorkerId),
+    Leftover,
+    Stderr,
+}
+
+impl Supervisor {
+    pub(super) fn new(options: Options) -> Result<Self, Error> {
+        let recipe = Recipe::new(options.program.clone(), options.arguments.clone());
+        let children = ChildSignals::install().map_err(|error| Error::io("install signal handlers", error))?;
+        let signals = SignalPipe::install(&Signals::default(), recipe.ignored())?;
+        let sockets = Sockets::open(&options.listen, options.non_blocking)?;
+        if sockets.is_empty() && options.ready_command.is_none() && options.may_be_seen() {
+            return Err(usage(
+                "see when the program is ready",
+                "it is given no listener to wait on",
+                "name its address with --listen, or say with --ready how it tells",
+            ));
+        }
+        let server = Server::bind(None)?;
+        let pid_file = options.pid_file.as_deref().map(PidFile::new);
+        pid_file.as_ref().map_or(Ok(()), PidFile::prepare)?;
+        let machine = Machine::new(Policy {
+            workers: options.workers.max(1),
+            ready_timeout: options.ready_timeout,
+            drain_timeout: options.drain_timeout,
+            max_draining: MAX_DRAINING,
+            overlap: true,
+        });
+        Ok(Self {
+            recipe,
+            options,
+            machine,
+            sockets,
+            workers: BTreeMap::new(),
+            leftovers: vec![],
+            new: None,
+            committed: None,
+            previous: None,
+            attempt: None,
+            reports: vec![],
+            drains: vec![],
+            stop_clients: vec![],
+            scaling: None,
+            last_exit: None,
+            last_upgrade: None,
+            since: SystemTime::now(),
+            server,
+            signals,
+            children,
+            notifier: Notifier::from_environment(),
+            pid_file,
+            timers: Timers::default(),
+            stderr_is_blocked: false,
+            cut: 0,
+            last_count: None,
+            not_started: None,
+        })
+    }
+
+    pub(super) fn run(mut self) -> Result<Ended, Error> {
+        self.start();
+        while self.machine.phase() != Phase::Ended || !self.reports.is_empty() {
+            let ready = self.wait();
+            for (source, events) in ready {
+                self.dispatch(source, events);
+            }
+            self.reap();
+            self.look_at_workers();
+            self.on_time(Instant::now());
+            self.send_reports();
+            self.look_at_scaling();
+            self.end_drains();
+        }
+        self.end()
+    }
+
+    fn start(&mut self) {
+        match self.recipe.build(&UpgradeRequest::default(), None) {
+            Ok(build) => self.new = Some(build),
+            Err(error) => {
+                self.not_started = Some(error);
+                return self.tell(Event::StopNow);
+            }
+        }
+        let order = Order { trial: Duration::ZERO, ..self.order(&UpgradeRequest::default()) };
+        self.tell(Event::Start(order));
+    }
+
+    /// How an upgrade is done; the request goes before the options.
+    fn order(&self, request: &UpgradeRequest) -> Order {
+        Order {
+            ready_timeout: request.ready_timeout().unwrap_or(self.options.ready_timeout),
+            trial: request.trial().unwrap_or(self.options.trial),
+            drain_timeout: request.drain_timeout().unwrap_or(self.options.drain_timeout),
+            step: usize::MAX,
+            overlap: true,
+        }
+    }
+
+    /// An error of `poll` itself (out of memory) is retried after a moment.
+    fn wait(&self) -> Vec<(Source, PollFlags)> {
+        let (sources, mut fds): (Vec<_>, Vec<_>) = self.sources().into_iter().unzip();
+        if let Err(error) = poll::wait_any(&mut fds, self.deadline()) {
+            log::error!("poll: {error}");
+            std::thread::sleep(Duration::from_millis(100));
+            return vec![];
+        }
+        let found = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
+        sources.into_iter().zip(found).filter(|(_, events)| !events.is_empty()).collect()
+    }
+
+    fn sources(&self) -> Vec<(Source, PollFd<'_>)> {
+        let reads = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let mut all = vec![(Source::Children, reads(self.children.fd()))];
+        if let Some(signals) = &self.signals {
+            all.push((Source::Signals, crate::channel::poll_fd(signals, PollFlags::POLLIN)));
+        }
+        all.extend(self.server.listener_poll().map(|fd| (Source::Listener, fd)));
+        all.extend(self.server.client_polls().map(|(id, fd)| (Source::Client(id), fd)));
+        for (id, worker) in &self.workers {
+            all.push((Source::Notify(*id), crate::channel::poll_fd(&worker.notify, PollFlags::POLLIN)));
+            let channel = worker.channel.as_ref().and_then(|channel| channel.fd());
+            all.extend(channel.map(|fd| (Source::Channel(*id), reads(fd))));
+        }
+        if self.stderr_is_blocked {
+            all.push((Source::Stderr, PollFd::new(stderr(), PollFlags::POLLOUT)));
+            return all;
+        }
+        let outputs = self.workers.iter().map(|(id, worker)| (Source::Output(*id), &worker.stderr));
+        let outputs = outputs.chain(self.leftovers.iter().map(|output| (Source::Leftover, output)));
+        all.extend(outputs.filter_map(|(source, output)| Some((source, reads(output.fd()?)))));
+        all
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let timers = [self.timers.alive, self.timers.drain_count, self.timers.watchdog];
+        let others = [self.machine.deadline(), self.server.next_deadline()];
+        let looks = self.workers.values().filter_map(|worker| worker.next_look);
+        let reports = self.reports.iter().map(|report| report.deadline);
+        timers.into_iter().chain(others).flatten().chain(looks).chain(reports).min()
+    }
+
+    fn dispatch(&mut self, source: Source, events: PollFlags) {
+        match source {
+            Source::Signals => self.on_signals(),
+            // Whoever has ended is looked for in any case.
+            Source::Children => self.children.clear(),
+            Source::Listener => self.server.accept(),
+            Source::Client(id) => self.on_client(id, events),
+            Source::Notify(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_notify),
+            Source::Channel(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_channel),
+            Source::Output(id) => {
+                let passed = self.workers.get_mut(&id).map(|worker| worker.stderr.pass_on());
+                self.stderr_is_blocked |= passed == Some(Passed::Blocked);
+            }
+            Source::Leftover => {
+                let blocked = self.leftovers.iter_mut().any(|output| output.pass_on() == Passed::Blocked);
+                self.stderr_is_blocked |= blocked;
+                self.leftovers.retain(|output| output.fd().is_some());
+            }
+            Source::Stderr => self.stderr_is_blocked = false,
+        }
+    }
+
+    fn on_signals(&mut self) {
+        let Some(signals) = &mut self.signals else { return };
+        let caught = signals.take();
+        if caught.upgrade {
+            log::info!("upgrade asked for by signal");
+            self.begin(UpgradeRequest::default(), Requester::Nobody);
+        }
+        for _ in 0..caught.stops {
+            let again = self.machine.phase() == Phase::Draining;
+            log::info!("told to stop by signal{}", if again { " again" } else { "" });
+            self.tell(if again { Event::StopNow } else { Event::Stop(None) });
+        }
+    }
+
+    /// Whoever is not known to be able to serve is looked at.
+    fn look_at_workers(&mut self) {
+        let starting = self.machine.workers().filter(|(_, worker)| worker.is_starting()).map(|(id, _)| id);
+        let starting: Vec<WorkerId> = starting.collect();
+        if starting.is_empty() {
+            return;
+        }
+        let (listeners, ready, now) = (self.sockets.inodes(), self.options.ready, Instant::now());
+        for id in starting {
+            let Some(worker) = self.workers.get_mut(&id) else { continue };
+            worker.look(ready, &listeners, now);
+            if let Some(proof) = worker.proof.clone() {
+                worker.next_look = None;
+                self.announce_ready(id, proof);
+                self.tell(Event::Ready(id));
+            }
+        }
+    }
+
+    fn on_time(&mut self, now: Instant) {
+        if self.machine.deadline().is_some_and(|deadline| deadline <= now) {
+            self.tell(Event::Tick);
+        }
+        if passed(&mut self.timers.drain_count, now) {
+            self.announce_drain_count();
+        }
+        if passed(&mut self.timers.alive, now) {
+            self.say_alive();
+        }
+        if passed(&mut self.timers.watchdog, now) {
+            self.ping_watchdog();
+        }
+        self.server.drop_late(now);
+    }
+
+    /// Runs the machine, and whatever follows from what it wants done.
+    fn tell(&mut self, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            for action in self.machine.on_event(event, Instant::now()) {
+                events.extend(self.perform(action));
+            }
+        }
+    }
+
+    fn end(self) -> Result<Ended, Error> {
+        self.sockets.remove_paths();
+        if let Some(pid_file) = &self.pid_file {
+            pid_file.discard();
+            pid_file.remove();
+        }
+        self.server.unlink();
+        match self.not_started {
+            Some(error) => Err(error),
+            None => Ok(Ended { cut: self.cut }),
+        }
+    }
+}
+
+/// Takes a deadline that has passed.
+fn passed(place: &mut Option<Instant>, now: Instant) -> bool {
+    place.take_if(|deadline| *deadline <= now).is_some()
+}
+
+fn stderr() -> BorrowedFd<'static> {
+    use std::os::fd::AsFd as _;
+    static STDERR: std::sync::OnceLock<std::io::Stderr> = std::sync::OnceLock::new();
+    STDERR.get_or_init(std::io::stderr).as_fd()
+}
