@@ -70,6 +70,11 @@ pub(crate) struct Arguments {
     /// Write the pid, which never changes, to this file once the program serves
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
+    /// Put the sockets into systemd's fd store, so that they outlive even this process
+    ///
+    /// For FileDescriptorStoreMax= in the unit. From systemd 254 on this is so without the option.
+    #[arg(long)]
+    fd_store: bool,
     /// The program, a path or a name in PATH, with its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
@@ -115,6 +120,7 @@ pub(super) fn run(arguments: Arguments) -> Result<Exit, Failure> {
         drain_timeout: arguments.drain_timeout,
         user: arguments.user,
         name: arguments.name,
+        fd_store: arguments.fd_store,
         pid_file: arguments.pid_file,
     })?;
     Ok(if ended.cut > 0 { Exit::Cut } else { Exit::Done })

@@ -69,6 +69,8 @@ pub(super) struct Supervisor {
     /// Which worker ended last, and how.
     last_exit: Option<(usize, String)>,
     last_upgrade: Option<LastUpgrade>,
+    /// Why the last upgrade failed, if it did.
+    last_failure: Option<String>,
     since: SystemTime,
     server: Server,
     signals: Option<SignalPipe>,
@@ -144,6 +146,7 @@ impl Supervisor {
             scaling: None,
             last_exit: None,
             last_upgrade: None,
+            last_failure: None,
             since: SystemTime::now(),
             server,
             signals,

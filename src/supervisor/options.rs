@@ -40,6 +40,8 @@ pub struct Options {
     pub user: Option<String>,
     /// What `--name` finds this service by.
     pub name: Option<String>,
+    /// Whether the listeners are put into systemd's fd store; they are in any case if systemd says that there is one.
+    pub fd_store: bool,
     /// A file for the pid of the supervisor.
     pub pid_file: Option<PathBuf>,
 }

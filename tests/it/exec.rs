@@ -1,6 +1,7 @@
 //! `handover exec`: a program that knows nothing of handover, run by a supervisor and replaced.
 
 mod crash;
+mod pid_one;
 mod ready;
 mod start;
 mod stop;

@@ -202,6 +202,10 @@ fn body(path: &str) -> String {
         "exe" => fs::read_link("/proc/self/exe").unwrap_or_default().display().to_string(),
         "ids" => format!("{} {}", nix::unistd::getuid(), nix::unistd::getgid()),
         "child" => std::process::Command::new("sleep").arg("600").spawn().unwrap().id().to_string(),
+        "orphan" => {
+            let shell = std::process::Command::new("sh").args(["-c", "sleep 0.1 & echo $!"]).output().unwrap();
+            String::from_utf8(shell.stdout).unwrap().trim().to_owned()
+        }
         "exit" => exit(rest.parse().unwrap_or(1)),
         _ => identity(),
     }

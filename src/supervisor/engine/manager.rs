@@ -3,24 +3,33 @@
 use std::time::Instant;
 
 use super::Supervisor;
+use crate::supervisor::machine::Phase;
 
 impl Supervisor {
     fn service(&self) -> String {
         let generation = self.machine.generation();
-        match self.draining_workers().len() {
-            0 => format!("generation {generation} serves"),
-            1 => format!("generation {generation} serves, 1 older process drains"),
-            count => format!("generation {generation} serves, {count} older processes drain"),
-        }
+        let drains = match self.draining_workers().len() {
+            0 => String::new(),
+            1 => ", 1 older process drains".to_owned(),
+            count => format!(", {count} older processes drain"),
+        };
+        let failed = self.last_failure.as_ref().map(|what| format!("; the last upgrade failed: {what}"));
+        format!("generation {generation} serves{drains}{}", failed.unwrap_or_default())
     }
 
     /// A generation has been committed, or is kept after an upgrade that failed.
-    pub(super) fn tell_manager_of_service(&mut self, failure: Option<&str>) {
+    pub(super) fn tell_manager_of_service(&mut self) {
         let Some(notifier) = &self.notifier else { return };
-        let failed = failure.map(|what| format!("; the last upgrade failed: {what}")).unwrap_or_default();
-        notifier.ready(&format!("{}{failed}", self.service()));
+        notifier.ready(&self.service());
         if self.timers.watchdog.is_none() {
             self.ping_watchdog();
+        }
+    }
+
+    /// A process that drained has ended.
+    pub(super) fn tell_manager_of_older(&self) {
+        if let (Some(notifier), Phase::Serving) = (&self.notifier, self.machine.phase()) {
+            notifier.status(&self.service());
         }
     }
 
@@ -45,7 +54,8 @@ impl Supervisor {
     }
 
     pub(super) fn keep_listeners_in_store(&self) {
-        if let Some(notifier) = self.notifier.as_ref().filter(|_| std::env::var_os("FDSTORE").is_some()) {
+        let wanted = self.options.fd_store || std::env::var_os("FDSTORE").is_some();
+        if let Some(notifier) = self.notifier.as_ref().filter(|_| wanted) {
             self.sockets.keep_in_store(notifier);
         }
     }

@@ -109,7 +109,8 @@ impl Supervisor {
             self.keep_listeners_in_store();
         }
         log::info!("generation {} serves", self.machine.generation());
-        self.tell_manager_of_service(None);
+        self.last_failure = None;
+        self.tell_manager_of_service();
         self.announce_commit();
     }
 

@@ -65,9 +65,13 @@ impl Supervisor {
         worker.exit = Some(words);
         // Its last words: a pipe holds no more than that.
         self.stderr_is_blocked |= worker.stderr.pass_on() == Passed::Blocked;
+        let drained = self.draining_workers().iter().any(|(other, _)| *other == id);
         self.tell(Event::Exited(id));
         if let Some(worker) = self.workers.remove(&id) {
             self.leftovers.extend(Some(worker.stderr).filter(|output| output.fd().is_some()));
+        }
+        if drained {
+            self.tell_manager_of_older();
         }
     }
 

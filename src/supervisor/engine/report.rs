@@ -96,7 +96,8 @@ impl Supervisor {
         log::error!("{}", result.message);
         self.remember(&result);
         if outcome != Outcome::Ended {
-            self.tell_manager_of_service(Some(&what));
+            self.last_failure = Some(what);
+            self.tell_manager_of_service();
         }
         let deadline = Instant::now() + REPORT_PATIENCE;
         self.reports.push(Report { result, requester: attempt.requester, deadline });
