@@ -97,6 +97,8 @@ pub(crate) enum Action {
     },
     Stop(WorkerId),
     Kill(WorkerId),
+    /// It was not ready: killed, unless it has begun to serve all the same.
+    Dismiss(WorkerId),
     /// Killed at the drain deadline: what it still had open is cut.
     Cut(WorkerId),
     /// It does not even die; it is forgotten.

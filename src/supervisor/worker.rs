@@ -44,6 +44,7 @@ pub(super) struct Worker {
     denied: bool,
     /// How it was proved that it can serve.
     pub(super) proof: Option<String>,
+    pub(super) killed: bool,
     /// How it ended.
     pub(super) exit: Option<String>,
 }
@@ -102,6 +103,7 @@ impl Worker {
             missing: vec![],
             denied: false,
             proof: None,
+            killed: false,
             exit: None,
         })
     }
@@ -132,6 +134,12 @@ impl Worker {
             let interval = (now.duration_since(self.spawned) / 8).clamp(LOOK_INTERVAL_MIN, LOOK_INTERVAL_MAX);
             self.next_look = self.proof.is_none().then(|| Instant::now() + interval);
         }
+    }
+
+    /// Whether it may accept at this moment.
+    pub(super) fn waits_on_any(&self, listeners: &[(String, u64)]) -> bool {
+        let inodes: Vec<u64> = listeners.iter().map(|(_, inode)| *inode).collect();
+        !Look::at(self.pid, &inodes).waited_on.is_empty()
     }
 
     fn is_seen(&mut self, listeners: &[(String, u64)]) -> Option<String> {
@@ -173,7 +181,8 @@ impl Worker {
 
     /// With everything that it has started and that has stayed in its group. Only for one that is not reaped: nobody else
     /// can have its number, as a process or as a group.
-    pub(super) fn kill(&self) {
+    pub(super) fn kill(&mut self) {
+        self.killed = true;
         // One that has just been spawned has no group of its own yet.
         let _ = killpg(self.pid, Signal::SIGKILL);
         let _ = kill(self.pid, Signal::SIGKILL);

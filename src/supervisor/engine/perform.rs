@@ -23,7 +23,8 @@ impl Supervisor {
                     worker.tell_to_stop(&self.options);
                 }
             }
-            Action::Kill(id) => self.workers.get(&id).into_iter().for_each(Worker::kill),
+            Action::Kill(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::kill),
+            Action::Dismiss(id) => self.dismiss(id),
             Action::Cut(id) => self.cut(id),
             Action::Abandon(id) => {
                 if let Some(worker) = self.workers.remove(&id) {
@@ -82,9 +83,22 @@ impl Supervisor {
         }
     }
 
+    /// A program that was given the sockets may accept before it says that it is ready, and what it has accepted is to be
+    /// finished.
+    fn dismiss(&mut self, id: WorkerId) {
+        let (listeners, addresses) = (self.sockets.inodes(), self.sockets.addresses());
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        worker.next_look = None;
+        if worker.waits_on_any(&listeners) || connections::open(&[worker.pid], &addresses) != [0] {
+            worker.tell_to_stop(&self.options);
+        } else {
+            worker.kill();
+        }
+    }
+
     fn cut(&mut self, id: WorkerId) {
         let (Some(worker), Some(generation)) =
-            (self.workers.get(&id), self.machine.worker(id).map(|worker| worker.generation))
+            (self.workers.get_mut(&id), self.machine.worker(id).map(|worker| worker.generation))
         else {
             return;
         };

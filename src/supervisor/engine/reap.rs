@@ -53,8 +53,8 @@ impl Supervisor {
     }
 
     /// What the worker has started must not serve on without it.
-    fn kill_what_is_left(&self, id: WorkerId) {
-        self.workers.get(&id).into_iter().for_each(|worker| worker.kill());
+    fn kill_what_is_left(&mut self, id: WorkerId) {
+        self.workers.get_mut(&id).into_iter().for_each(|worker| worker.kill());
     }
 
     fn worker_ended(&mut self, id: WorkerId, status: WaitStatus) {

@@ -8,7 +8,7 @@ use crate::control::messages::{Outcome, ResultEvent};
 use crate::engine::advice::advice_for_exit;
 use crate::engine::milliseconds_since;
 use crate::error::{Error, ErrorKind};
-use crate::supervisor::machine::{Failure, Stage, WorkerId};
+use crate::supervisor::machine::{Failure, WorkerId};
 
 /// How long a killed process may take to be gone before a failure is told all the same.
 const REPORT_PATIENCE: Duration = Duration::from_millis(500);
@@ -108,11 +108,8 @@ impl Supervisor {
         if self.reports.is_empty() {
             return;
         }
-        let newer = |generation: u64| generation > self.machine.generation();
-        let left = self
-            .machine
-            .workers()
-            .any(|(_, worker)| newer(worker.generation) && matches!(worker.stage, Stage::Killed { .. }));
+        let of_failed = self.machine.workers().filter(|(_, worker)| worker.generation > self.machine.generation());
+        let left = of_failed.filter_map(|(id, _)| self.workers.get(&id)).any(|worker| worker.killed);
         let now = Instant::now();
         for report in std::mem::take(&mut self.reports) {
             match report.requester.client() {

@@ -101,6 +101,10 @@ impl Machine {
                         self.actions.push(Action::Stop(*id));
                     }
                 }
+                Stage::Starting { .. } if self.generation > 0 => {
+                    new.stage = Stage::Stopping { deadline: after(roll.order.drain_timeout, now) };
+                    self.actions.push(Action::Dismiss(*id));
+                }
                 Stage::Starting { .. } | Stage::Ready => {
                     new.stage = Stage::Killed { deadline: now + KILL_TIMEOUT, crashed: false };
                     self.actions.push(Action::Kill(*id));

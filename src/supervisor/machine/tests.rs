@@ -99,9 +99,9 @@ fn one_new_worker_that_fails_rolls_all_back() {
         driven.now += wait;
         let actions = driven.tell(event.unwrap_or(Event::Tick)).to_vec();
         // The one that is ready has clients by now; the one that is silent is not worth waiting for.
-        let killed = if failure == Failure::Silent { vec![Action::Kill(3)] } else { vec![] };
+        let dismissed = if failure == Failure::Silent { vec![Action::Dismiss(3)] } else { vec![] };
         let failed = Action::Fail { failure, worker: Some(3), in_trial: false };
-        assert_eq!(actions, [vec![Action::Stop(2)], killed, vec![failed]].concat());
+        assert_eq!(actions, [vec![Action::Stop(2)], dismissed, vec![failed]].concat());
         assert_eq!((driven.machine.generation(), driven.machine.phase()), (1, Phase::Serving));
         for id in [0, 1] {
             assert_eq!(driven.machine.worker(id).unwrap().stage, Stage::Ready);
@@ -189,9 +189,9 @@ fn a_stop_ends_an_upgrade_and_a_second_one_cuts() {
     let mut driven = Driven::serving(1);
     driven.tell(Event::Upgrade(order()));
     let failed = Action::Fail { failure: Failure::Stopped, worker: None, in_trial: false };
-    assert_eq!(driven.tell(Event::Stop(None)), [Action::Kill(1), failed, Action::Drain, Action::Stop(0)]);
+    assert_eq!(driven.tell(Event::Stop(None)), [Action::Dismiss(1), failed, Action::Drain, Action::Stop(0)]);
     assert_eq!(driven.tell(Event::Upgrade(order())), [Action::Refuse(Refusal::Stopping)]);
-    assert_eq!(driven.tell(Event::StopNow), [Action::Cut(0)]);
+    assert_eq!(driven.tell(Event::StopNow), [Action::Cut(0), Action::Cut(1)]);
     assert_eq!(driven.tell(Event::Exited(1)), []);
     assert_eq!(driven.tell(Event::Exited(0)), [Action::Finish]);
 }
@@ -243,7 +243,7 @@ fn without_overlap_the_old_one_goes_first_and_comes_back_if_the_new_one_fails() 
     driven.tell(Event::Exited(1));
     // The new one hangs, is killed, and must be gone before the old build runs again.
     let actions = driven.after(30 * SECOND).to_vec();
-    assert_eq!(actions[0], Action::Kill(2));
+    assert_eq!(actions[0], Action::Dismiss(2));
     assert_eq!(driven.spawned(), []);
     driven.tell(Event::Exited(2));
     assert_eq!(driven.spawned(), [(3, 2, Build::Committed)]);

@@ -56,7 +56,7 @@ fn by_ready_1_alone() {
     // It waits for connections, and that is not enough.
     server.upgrade(&["--env", "PLAIN=", "--ready-timeout", "500ms"]).exits_with(1).complains("it has not said READY=1");
     let plain = format!("PLAIN=notify,hold={}", hold.path().display());
-    let mut upgrade: Running = server.begin_upgrade(&["--env", &plain]);
+    let mut upgrade: Running = server.begin_upgrade(&["--env", &plain, "--wait", "drained"]);
     let held = hold.reached();
     assert!(!upgrade.has_ended() && get(address, "/").starts_with("gen=1 "));
     held.let_go();

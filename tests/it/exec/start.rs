@@ -108,7 +108,7 @@ fn as_another_user() {
     let nobody = nix::unistd::User::from_name("nobody").unwrap().unwrap();
     assert_eq!(server.get("/ids"), format!("{} {}", nobody.uid, nobody.gid));
     assert_eq!(server.get("/env/USER"), "nobody");
-    server.upgrade(&[]).exits_with(0);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
     fs::remove_file(&program).unwrap();
     assert_eq!(server.answerer().generation, 2);
 }
@@ -123,7 +123,7 @@ fn by_name_and_by_pid_file() {
     assert_eq!(fs::read_to_string(&file).unwrap(), format!("{pid}\n"));
     server.handover(&["status", "--name", &name]).exits_with(0).says(&format!("name         {name}")).says("WORKER");
     server.handover(&["upgrade", "--name", &name]).exits_with(0).says("upgraded to generation 2");
-    server.handover(&["upgrade", "--pid-file", &file]).exits_with(0).says("upgraded to generation 3");
+    server.handover(&["upgrade", "--pid-file", &file, "--wait", "drained"]).exits_with(0).says("upgraded to generation 3");
     server.handover(&["upgrade", "--name", "no-such-service"]).exits_with(7).complains("no service named");
     let answer: Answer = server.answerer();
     assert_eq!((answer.generation, server.pid()), (3, pid));
