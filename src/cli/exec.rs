@@ -46,6 +46,11 @@ pub(crate) struct Arguments {
     /// What proves that a process can serve
     #[arg(long, value_name = "HOW", default_value = "any")]
     ready: ReadyWay,
+    /// A shell command that must succeed as well, once that is proved; it is tried until it does
+    ///
+    /// In its environment: HANDOVER_PID, the process; HANDOVER_WORKER, HANDOVER_GENERATION.
+    #[arg(long, value_name = "COMMAND")]
+    ready_cmd: Option<String>,
     /// How long it may take until it is ready
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "30s")]
     ready_timeout: Duration,
@@ -112,7 +117,7 @@ pub(super) fn run(arguments: Arguments) -> Result<Exit, Failure> {
         non_blocking: arguments.non_blocking,
         workers: arguments.workers.into(),
         ready: arguments.ready.into(),
-        ready_command: None,
+        ready_command: arguments.ready_cmd,
         ready_timeout: arguments.ready_timeout,
         trial: arguments.trial,
         stop_signal: arguments.stop_signal,

@@ -112,7 +112,8 @@ fn workers(status: &Status) -> Vec<String> {
             1 => "ended by itself once".to_owned(),
             times => format!("ended by itself {times} times in a row"),
         };
-        let numbers = [worker.worker.to_string(), worker.generation.to_string(), worker.pid.to_string()];
+        let pid = worker.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+        let numbers = [worker.worker.to_string(), worker.generation.to_string(), pid];
         let said = worker.said.clone().unwrap_or_default();
         let rest = [worker.state.to_string(), worker.connections.to_string(), lasted(age), crashes, said];
         numbers.into_iter().chain(rest).collect()

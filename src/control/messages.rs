@@ -336,8 +336,9 @@ pub struct Status {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct WorkerStatus {
-    /// The process, in the pid namespace of the supervisor.
-    pub pid: i32,
+    /// The process, in the pid namespace of the supervisor; none while the next is awaited, after one that ended by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<i32>,
     /// Its place among the workers of its generation, from 0.
     pub worker: usize,
     /// Its generation.

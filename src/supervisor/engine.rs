@@ -2,6 +2,7 @@
 //! decides nothing about generations, and it never blocks.
 
 mod answers;
+mod checks;
 mod manager;
 mod perform;
 mod reap;
@@ -277,25 +278,6 @@ impl Supervisor {
             let again = self.machine.phase() == Phase::Draining;
             log::info!("told to stop by signal{}", if again { " again" } else { "" });
             self.tell(if again { Event::StopNow } else { Event::Stop(None) });
-        }
-    }
-
-    /// Whoever is not known to be able to serve is looked at.
-    fn look_at_workers(&mut self) {
-        let starting = self.machine.workers().filter(|(_, worker)| worker.is_starting()).map(|(id, _)| id);
-        let starting: Vec<WorkerId> = starting.collect();
-        if starting.is_empty() {
-            return;
-        }
-        let (listeners, ready, now) = (self.sockets.inodes(), self.options.ready, Instant::now());
-        for id in starting {
-            let Some(worker) = self.workers.get_mut(&id) else { continue };
-            worker.look(ready, &listeners, now);
-            if let Some(proof) = worker.proof.clone() {
-                worker.next_look = None;
-                self.announce_ready(id, proof);
-                self.tell(Event::Ready(id));
-            }
         }
     }
 

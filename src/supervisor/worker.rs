@@ -44,6 +44,8 @@ pub(super) struct Worker {
     denied: bool,
     /// How it was proved that it can serve.
     pub(super) proof: Option<String>,
+    /// The run of --ready-cmd under way.
+    pub(super) check: Option<Pid>,
     pub(super) killed: bool,
     /// How it ended.
     pub(super) exit: Option<String>,
@@ -103,6 +105,7 @@ impl Worker {
             missing: vec![],
             denied: false,
             proof: None,
+            check: None,
             killed: false,
             exit: None,
         })
@@ -186,6 +189,9 @@ impl Worker {
         // One that has just been spawned has no group of its own yet.
         let _ = killpg(self.pid, Signal::SIGKILL);
         let _ = kill(self.pid, Signal::SIGKILL);
+        if let Some(check) = self.check {
+            let _ = kill(check, Signal::SIGKILL);
+        }
     }
 }
 

@@ -76,6 +76,9 @@ impl Supervisor {
     }
 
     fn other_ended(&mut self, pid: Pid, status: WaitStatus) {
+        if self.check_ended(pid, status) {
+            return;
+        }
         log::debug!("process {pid}, which no other process waited for, {}", exit_words(status).unwrap_or_default());
     }
 }

@@ -25,10 +25,12 @@ impl Supervisor {
     pub(super) fn status(&self) -> Status {
         let pids: Vec<Pid> = self.both().map(|(_, worker)| worker.pid).collect();
         let open = connections::open(&pids, &self.sockets.addresses());
-        let workers: Vec<WorkerStatus> =
+        let mut workers: Vec<WorkerStatus> =
             self.both().zip(&open).map(|((seen, worker), open)| self.worker_status(seen, worker, *open)).collect();
+        workers.extend(self.awaited());
         let draining = workers.iter().filter(|worker| worker.state == State::Draining);
-        let draining = draining.map(|worker| DrainingGeneration { pid: worker.pid, generation: worker.generation });
+        let draining =
+            draining.filter_map(|worker| Some(DrainingGeneration { pid: worker.pid?, generation: worker.generation }));
         let build = self.committed.as_ref().or(self.new.as_ref()).map(|build| build.identity.clone());
         Status {
             pid: std::process::id().cast_signed(),
@@ -60,7 +62,7 @@ impl Supervisor {
     fn worker_status(&self, seen: &machine::Worker, worker: &Worker, connections: usize) -> WorkerStatus {
         let is_current = seen.generation == self.machine.generation();
         WorkerStatus {
-            pid: worker.pid.as_raw(),
+            pid: Some(worker.pid.as_raw()),
             worker: seen.slot,
             generation: seen.generation,
             state: match seen.stage {
@@ -73,6 +75,22 @@ impl Supervisor {
             crashes: if is_current { self.machine.crashes(seen.slot) } else { 0 },
             said: worker.status.clone(),
         }
+    }
+
+    /// Places whose worker has ended by itself, until the next is started.
+    fn awaited(&self) -> impl Iterator<Item = WorkerStatus> {
+        let generation = self.machine.generation();
+        let is_there = |slot: &usize| self.machine.workers().any(|(_, worker)| worker.slot == *slot);
+        (0..self.machine.wanted()).filter(move |slot| !is_there(slot)).map(move |slot| WorkerStatus {
+            pid: None,
+            worker: slot,
+            generation,
+            state: State::Starting,
+            since_unix_ms: unix_ms(std::time::SystemTime::now()),
+            connections: 0,
+            crashes: self.machine.crashes(slot),
+            said: None,
+        })
     }
 
     fn limits(&self) -> Limits {

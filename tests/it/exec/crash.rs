@@ -24,7 +24,7 @@ fn a_worker_that_was_killed_is_started_again_and_nobody_is_refused() {
     let answer = waiting.answerer();
     assert_eq!((answer.generation, has_ended(old)), (1, true));
     let worker = &server.workers()[0];
-    assert_eq!((worker.crashes, worker.pid), (1, answer.pid.cast_signed()));
+    assert_eq!((worker.crashes, worker.pid), (1, Some(answer.pid.cast_signed())));
 }
 
 #[test]
@@ -57,6 +57,7 @@ fn a_crash_loop_is_told() {
     let server = exec(&[]);
     server.upgrade(&["--env", "PLAIN=die-after=300", "--trial", "0s", "--wait", "ready"]).exits_with(0);
     eventually("three in a row", || server.workers().iter().any(|worker| worker.crashes >= 3).then_some(()));
+    eventually("the time between two", || server.workers().iter().any(|worker| worker.pid.is_none()).then_some(()));
     server.handover(&["status", "--pid", &server.first_pid().to_string()]).exits_with(0).says("times in a row");
     eventually("the log", || server.home.log().contains("has ended 5 times in a row").then_some(()));
     // A good build ends it.

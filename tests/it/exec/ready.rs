@@ -64,3 +64,23 @@ fn by_ready_1_alone() {
     upgrade.finish().exits_with(0);
     assert_eq!(server.answerer().generation, 2);
 }
+
+#[test]
+fn by_a_command_as_well() {
+    let home = Home::new();
+    let (file, seen) = (home.path("healthy"), home.path("seen"));
+    let command = format!("echo $HANDOVER_GENERATION $HANDOVER_PID >{}; test -e {}", seen.display(), file.display());
+    std::fs::write(&file, "").unwrap();
+    let server = exec_in(home, &["--ready-cmd", &command], plain().to_str().unwrap());
+    let looked_at = || std::fs::read_to_string(&seen).unwrap();
+    assert_eq!(looked_at(), format!("1 {}\n", server.worker_pids()[0]));
+    std::fs::remove_file(&file).unwrap();
+    server.upgrade(&["--ready-timeout", "700ms"]).exits_with(1).complains("--ready-cmd has not succeeded");
+    let mut upgrade = server.begin_upgrade(&["--wait", "drained"]);
+    upgrade.wait_for_line("spawned");
+    eventually("a run that fails", || looked_at().starts_with("2 ").then_some(()));
+    std::fs::write(&file, "").unwrap();
+    upgrade.finish().exits_with(0);
+    assert_eq!(server.answerer().generation, 2);
+    server.assert_supervises(1);
+}

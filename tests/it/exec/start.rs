@@ -123,7 +123,10 @@ fn by_name_and_by_pid_file() {
     assert_eq!(fs::read_to_string(&file).unwrap(), format!("{pid}\n"));
     server.handover(&["status", "--name", &name]).exits_with(0).says(&format!("name         {name}")).says("WORKER");
     server.handover(&["upgrade", "--name", &name]).exits_with(0).says("upgraded to generation 2");
-    server.handover(&["upgrade", "--pid-file", &file, "--wait", "drained"]).exits_with(0).says("upgraded to generation 3");
+    server
+        .handover(&["upgrade", "--pid-file", &file, "--wait", "drained"])
+        .exits_with(0)
+        .says("upgraded to generation 3");
     server.handover(&["upgrade", "--name", "no-such-service"]).exits_with(7).complains("no service named");
     let answer: Answer = server.answerer();
     assert_eq!((answer.generation, server.pid()), (3, pid));
