@@ -6,6 +6,7 @@ mod exit;
 mod generate;
 mod interrupt;
 mod journal;
+mod options_file;
 mod output;
 mod ps;
 mod scale;

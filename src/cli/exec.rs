@@ -19,6 +19,8 @@ pub(crate) const NOT_EXECUTED: u8 = 127;
 /// `handover upgrade` it starts the new build beside the old one, waits until every new process is proved to be ready,
 /// and only then tells the old ones to stop. A new build that fails is killed, and the old one serves on.
 #[derive(Args, Debug)]
+// What stands on the command line goes before what stands in the file.
+#[command(args_override_self = true)]
 #[command(after_long_help = "Examples:\n  \
     handover exec --listen 8080 -- python3 server.py\n  \
     handover exec --listen http=0.0.0.0:80 --workers 4 --user www --name web -- ./server\n  \
@@ -29,6 +31,14 @@ pub(crate) const NOT_EXECUTED: u8 = 127;
     SERVER_STARTER_PORT; EINHORN_FD_0). It runs until it is told to stop; one that ends by itself is\n\
     started again.")]
 pub(crate) struct Arguments {
+    /// Read options from this file as well
+    ///
+    /// Those of the command line go before them.
+    ///
+    /// TOML, each option by its name without the dashes: `workers = 4`, `listen = ["http=8080"]`, `log-prefix = true`;
+    /// and `program = ["node", "server.js"]`.
+    #[arg(long = "config", value_name = "FILE")]
+    _config: Option<PathBuf>,
     /// Listen there, and pass the socket to the program (repeatable)
     ///
     /// PORT, HOST:PORT, a path or @NAME for a Unix socket; `udp:` or `unix-datagram:` before it for datagrams.
@@ -46,7 +56,9 @@ pub(crate) struct Arguments {
     /// What proves that a process can serve
     #[arg(long, value_name = "HOW", default_value = "any")]
     ready: ReadyWay,
-    /// A shell command that must succeed as well, once that is proved; it is tried until it does
+    /// A shell command that must succeed as well
+    ///
+    /// Once that is proved, it is tried until it does.
     ///
     /// In its environment: HANDOVER_PID, the process; HANDOVER_WORKER, HANDOVER_GENERATION.
     #[arg(long, value_name = "COMMAND")]
@@ -54,30 +66,51 @@ pub(crate) struct Arguments {
     /// How long it may take until it is ready
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "30s")]
     ready_timeout: Duration,
-    /// How long new processes must live beside the old ones before these are told to stop
+    /// How long new processes must live beside the old ones
+    ///
+    /// Only then these are told to stop.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "1s")]
     trial: Duration,
-    /// The signal that tells the program to finish its connections and exit
+    /// The signal that tells the program to drain and exit
     #[arg(long, value_name = "SIGNAL", default_value_t)]
     stop_signal: StopSignal,
-    /// Tell it by this message on Node's channel instead: `process.on('message', …)`
+    /// A message on Node's channel instead of the signal
+    ///
+    /// The program gets it by `process.on('message', …)`.
     #[arg(long, value_name = "TEXT")]
     stop_message: Option<String>,
-    /// How long it may take for that before it is killed; 0s for ever
+    /// How long it may take until it is killed; 0s for ever
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "60s")]
     drain_timeout: Duration,
+    /// Replace so many processes at a time instead of all
+    ///
+    /// Where there is no memory for twice as many.
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..))]
+    surge: Option<u16>,
+    /// End the old processes before the new ones are started
+    ///
+    /// For programs that cannot run twice. Clients wait meanwhile. If a new process fails, the build before is started again.
+    #[arg(long)]
+    no_overlap: bool,
+    /// Begin each line of a worker with generation and number
+    ///
+    /// As in `2.0 | `, on stdout and stderr.
+    #[arg(long)]
+    log_prefix: bool,
     /// Run the program as this user
     #[arg(long, value_name = "USER")]
     user: Option<String>,
     /// A name for the other verbs to find it by
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Write the pid, which never changes, to this file once the program serves
+    /// A file for the pid, which never changes
+    ///
+    /// It is written once the program serves.
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
-    /// Put the sockets into systemd's fd store, so that they outlive even this process
+    /// Put the sockets into systemd's fd store
     ///
-    /// For FileDescriptorStoreMax= in the unit. From systemd 254 on this is so without the option.
+    /// So they outlive even this process. For FileDescriptorStoreMax= in the unit. From systemd 254 on this is so without the option.
     #[arg(long)]
     fd_store: bool,
     /// The program, a path or a name in PATH, with its arguments
@@ -123,6 +156,9 @@ pub(super) fn run(arguments: Arguments) -> Result<Exit, Failure> {
         stop_signal: arguments.stop_signal,
         stop_message: arguments.stop_message,
         drain_timeout: arguments.drain_timeout,
+        overlap: !arguments.no_overlap,
+        surge: arguments.surge.map(usize::from),
+        log_prefix: arguments.log_prefix,
         user: arguments.user,
         name: arguments.name,
         fd_store: arguments.fd_store,

@@ -11,7 +11,6 @@ mod scale;
 mod status;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::poll::{PollFd, PollFlags};
@@ -19,7 +18,7 @@ use nix::poll::{PollFd, PollFlags};
 use super::build::{Build, Recipe};
 use super::machine::{Event, Machine, Order, Phase, Policy, WorkerId};
 use super::options::Options;
-use super::output::{Output, Passed};
+use super::output::{Output, Passed, Stream};
 use super::sockets::Sockets;
 use super::usage;
 use super::worker::Worker;
@@ -79,8 +78,8 @@ pub(super) struct Supervisor {
     notifier: Option<Notifier>,
     pid_file: Option<PidFile>,
     timers: Timers,
-    /// Our own stderr takes nothing: nothing is read for it.
-    stderr_is_blocked: bool,
+    /// Our own streams that take nothing: nothing is read for them.
+    blocked: Vec<Stream>,
     cut: usize,
     last_count: Option<usize>,
     not_started: Option<Error>,
@@ -104,7 +103,7 @@ enum Source {
     Channel(WorkerId),
     Output(WorkerId),
     Leftover,
-    Stderr,
+    Ours(Stream),
 }
 
 impl Supervisor {
@@ -128,7 +127,7 @@ impl Supervisor {
             ready_timeout: options.ready_timeout,
             drain_timeout: options.drain_timeout,
             max_draining: MAX_DRAINING,
-            overlap: true,
+            overlap: options.overlap,
         });
         Ok(Self {
             recipe,
@@ -155,7 +154,7 @@ impl Supervisor {
             notifier: Notifier::from_environment(),
             pid_file,
             timers: Timers::default(),
-            stderr_is_blocked: false,
+            blocked: vec![],
             cut: 0,
             last_count: None,
             not_started: None,
@@ -197,8 +196,8 @@ impl Supervisor {
             ready_timeout: request.ready_timeout().unwrap_or(self.options.ready_timeout),
             trial: request.trial().unwrap_or(self.options.trial),
             drain_timeout: request.drain_timeout().unwrap_or(self.options.drain_timeout),
-            step: usize::MAX,
-            overlap: true,
+            step: self.options.surge.unwrap_or(usize::MAX),
+            overlap: self.options.overlap,
         }
     }
 
@@ -227,13 +226,13 @@ impl Supervisor {
             let channel = worker.channel.as_ref().and_then(|channel| channel.fd());
             all.extend(channel.map(|fd| (Source::Channel(*id), reads(fd))));
         }
-        if self.stderr_is_blocked {
-            all.push((Source::Stderr, PollFd::new(stderr(), PollFlags::POLLOUT)));
-            return all;
-        }
-        let outputs = self.workers.iter().map(|(id, worker)| (Source::Output(*id), &worker.stderr));
+        let blocked = Stream::ALL.into_iter().filter(|stream| self.blocked.contains(stream));
+        all.extend(blocked.map(|stream| (Source::Ours(stream), PollFd::new(stream.fd(), PollFlags::POLLOUT))));
+        let outputs =
+            self.workers.iter().flat_map(|(id, worker)| worker.outputs().map(|one| (Source::Output(*id), one)));
         let outputs = outputs.chain(self.leftovers.iter().map(|output| (Source::Leftover, output)));
-        all.extend(outputs.filter_map(|(source, output)| Some((source, reads(output.fd()?)))));
+        let free = outputs.filter(|(_, output)| !self.blocked.contains(&output.stream));
+        all.extend(free.filter_map(|(source, output)| Some((source, reads(output.fd()?)))));
         all
     }
 
@@ -255,15 +254,17 @@ impl Supervisor {
             Source::Notify(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_notify),
             Source::Channel(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_channel),
             Source::Output(id) => {
-                let passed = self.workers.get_mut(&id).map(|worker| worker.stderr.pass_on());
-                self.stderr_is_blocked |= passed == Some(Passed::Blocked);
+                self.blocked.extend(self.workers.get_mut(&id).map(Worker::pass_on).unwrap_or_default());
             }
             Source::Leftover => {
-                let blocked = self.leftovers.iter_mut().any(|output| output.pass_on() == Passed::Blocked);
-                self.stderr_is_blocked |= blocked;
+                let full = self
+                    .leftovers
+                    .iter_mut()
+                    .filter_map(|output| (output.pass_on() == Passed::Blocked).then_some(output.stream));
+                self.blocked.extend(full);
                 self.leftovers.retain(|output| output.fd().is_some());
             }
-            Source::Stderr => self.stderr_is_blocked = false,
+            Source::Ours(stream) => self.blocked.retain(|blocked| *blocked != stream),
         }
     }
 
@@ -324,10 +325,4 @@ impl Supervisor {
 /// Takes a deadline that has passed.
 fn passed(place: &mut Option<Instant>, now: Instant) -> bool {
     place.take_if(|deadline| *deadline <= now).is_some()
-}
-
-fn stderr() -> BorrowedFd<'static> {
-    use std::os::fd::AsFd as _;
-    static STDERR: std::sync::OnceLock<std::io::Stderr> = std::sync::OnceLock::new();
-    STDERR.get_or_init(std::io::stderr).as_fd()
 }

@@ -36,6 +36,12 @@ pub struct Options {
     pub stop_message: Option<String>,
     /// How long it may take; zero for ever.
     pub drain_timeout: Duration,
+    /// Whether old and new processes may run at the same time.
+    pub overlap: bool,
+    /// How many are replaced at a time, if not all.
+    pub surge: Option<usize>,
+    /// Whether each line that a worker writes begins with its generation and number.
+    pub log_prefix: bool,
     /// The user that the program runs as.
     pub user: Option<String>,
     /// What `--name` finds this service by.

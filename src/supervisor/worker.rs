@@ -13,7 +13,7 @@ use super::build::Build;
 use super::node_channel::NodeChannel;
 use super::notify::NotifySocket;
 use super::options::{Options, Ready};
-use super::output::Output;
+use super::output::{Output, Passed, Stream};
 use super::seen::Look;
 use super::sockets::{FIRST_FD, Sockets};
 use super::trampoline;
@@ -33,6 +33,8 @@ pub(super) struct Worker {
     pub(super) notify: NotifySocket,
     pub(super) channel: Option<NodeChannel>,
     pub(super) stderr: Output,
+    /// Only with a prefix; otherwise the program has ours.
+    pub(super) stdout: Option<Output>,
     said_ready: bool,
     sent_ready: bool,
     /// What it last said about itself.
@@ -64,7 +66,10 @@ impl Worker {
         let failed = |error: io::Error| Error::io(format!("start `{}`", plan.program.display()), error);
         let uid = options.user.as_deref().map(trampoline::find_user).transpose()?.map(|user| user.uid.as_raw());
         let notify = NotifySocket::new(uid).map_err(failed)?;
-        let (stderr, stderr_of_worker) = Output::pipe().map_err(failed)?;
+        let prefix = options.log_prefix.then(|| format!("{}.{} | ", place.generation, place.slot));
+        let (stderr, stderr_of_worker) = Output::pipe(Stream::Stderr, prefix.clone()).map_err(failed)?;
+        let stdout = prefix.map(|prefix| Output::pipe(Stream::Stdout, Some(prefix))).transpose().map_err(failed)?;
+        let (stdout, stdout_of_worker) = stdout.unzip();
         let channel = options.wants_node_channel().then(NodeChannel::pair).transpose().map_err(failed)?;
         let (channel, channel_of_worker) = channel.unzip();
 
@@ -82,7 +87,8 @@ impl Worker {
             set("NODE_CHANNEL_FD", fds.add(channel.as_fd()).to_string());
             set("NODE_CHANNEL_SERIALIZATION_MODE", "json".to_owned());
         }
-        fds.fds.push((stderr_of_worker.as_fd(), libc::STDERR_FILENO));
+        fds.fds.push((stderr_of_worker.as_fd(), Stream::Stderr.number()));
+        fds.fds.extend(stdout_of_worker.as_ref().map(|pipe| (pipe.as_fd(), Stream::Stdout.number())));
         let environment: Vec<(OsString, OsString)> =
             environment.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
         let arguments = trampoline::arguments(options.user.as_deref(), &plan.program, &plan.argv);
@@ -98,6 +104,7 @@ impl Worker {
             notify,
             channel,
             stderr,
+            stdout,
             said_ready: false,
             sent_ready: false,
             status: None,
@@ -120,6 +127,20 @@ impl Worker {
     pub(super) fn read_channel(&mut self) {
         let messages = self.channel.as_mut().map(NodeChannel::read).unwrap_or_default();
         self.sent_ready |= messages.iter().any(|message| message == "ready");
+    }
+
+    pub(super) fn outputs(&self) -> impl Iterator<Item = &Output> {
+        std::iter::once(&self.stderr).chain(&self.stdout)
+    }
+
+    pub(super) fn into_outputs(self) -> impl Iterator<Item = Output> {
+        std::iter::once(self.stderr).chain(self.stdout)
+    }
+
+    /// Passes on what it has written; those of our streams that take no more.
+    pub(super) fn pass_on(&mut self) -> Vec<Stream> {
+        let outputs = std::iter::once(&mut self.stderr).chain(&mut self.stdout);
+        outputs.filter_map(|output| (output.pass_on() == Passed::Blocked).then_some(output.stream)).collect()
     }
 
     /// Whether it can serve, by what it has said or by what is seen now.

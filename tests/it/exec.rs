@@ -1,9 +1,11 @@
 //! `handover exec`: a program that knows nothing of handover, run by a supervisor and replaced.
 
+mod config;
 mod crash;
 mod pid_one;
 mod ready;
 mod start;
+mod steps;
 mod stop;
 mod upgrade;
 

@@ -11,7 +11,6 @@ use signal_hook::consts::SIGCHLD;
 use super::Supervisor;
 use crate::engine::exit_words;
 use crate::supervisor::machine::{Event, WorkerId};
-use crate::supervisor::output::Passed;
 
 /// SIGCHLD as something to poll.
 pub(super) struct ChildSignals(UnixStream);
@@ -64,11 +63,11 @@ impl Supervisor {
         self.last_exit = Some((worker.slot, words.clone()));
         worker.exit = Some(words);
         // Its last words: a pipe holds no more than that.
-        self.stderr_is_blocked |= worker.stderr.pass_on() == Passed::Blocked;
+        self.blocked.extend(worker.pass_on());
         let drained = self.draining_workers().iter().any(|(other, _)| *other == id);
         self.tell(Event::Exited(id));
         if let Some(worker) = self.workers.remove(&id) {
-            self.leftovers.extend(Some(worker.stderr).filter(|output| output.fd().is_some()));
+            self.leftovers.extend(worker.into_outputs().filter(|output| output.fd().is_some()));
         }
         if drained {
             self.tell_manager_of_older();

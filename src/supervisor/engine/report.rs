@@ -83,6 +83,7 @@ impl Supervisor {
         let verdict = if outcome == Outcome::RolledBack { "rolled back" } else { "not upgraded" };
         let serves = match outcome {
             Outcome::Ended => format!("process {pid} is draining"),
+            _ if !self.options.overlap => format!("generation {generation} is started again"),
             _ => format!("generation {generation} serves on"),
         };
         let result = ResultEvent {

@@ -4,7 +4,9 @@ use nix::sys::signal::Signal;
 
 use crate::client::ask;
 use crate::exec::{exec, exec_in, plain};
-use crate::home::Home;
+use crate::home::{HANDOVER, Home, fixture};
+use crate::oracle::Load;
+use crate::server::{SOON, Server};
 use crate::wait::{LONG, eventually, eventually_equal};
 
 #[test]
@@ -146,6 +148,25 @@ fn a_link_is_followed_at_each_upgrade_and_the_previous_build_is_known() {
     assert_eq!(server.get("/exe"), two.display().to_string());
     server.upgrade(&["--previous", "--wait", "drained"]).exits_with(0);
     assert_eq!(server.get("/exe"), one.display().to_string());
+}
+
+/// A server with the library takes the sockets as from systemd, says READY=1, and drains as it always does.
+#[test]
+fn a_server_with_the_library_loses_nothing_either() {
+    let home = Home::new();
+    let mut command = home.logged(HANDOVER, &["exec", "--trial", "100ms", "--workers", "2", "--ready", "notify"]);
+    command.args(["--listen", "http=127.0.0.1:0", "--"]).arg(fixture()).args(["--tcp", "http=127.0.0.1:0"]).args(SOON);
+    let server = Server::run(home, command);
+    // Its workers have control sockets of their own, so the supervisor is asked by its pid.
+    let (pid, address) = (server.first_pid(), server.status(server.first_pid()).listeners[0].address.clone());
+    let load =
+        Load::new(address.parse::<std::net::SocketAddr>().unwrap()).new_connections(2).kept(4).slow(1, 1.0).start();
+    for generation in 2..=5 {
+        load.wait_for_more(50, LONG).unwrap();
+        server.handover(&["upgrade", "--pid", &pid.to_string(), "--wait", "drained"]).exits_with(0);
+        assert_eq!(server.status(pid).generation, generation);
+    }
+    load.stop().assert_lossless();
 }
 
 #[test]
