@@ -34,7 +34,7 @@ pub use listen::Listen;
 pub use options::{Options, Ready, StopSignal};
 pub use trampoline::run_worker;
 
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 /// Runs the program until it is told to stop.
 ///
@@ -47,8 +47,4 @@ pub fn run(options: Options) -> Result<Ended, Error> {
     }
     let supervisor = engine::Supervisor::new(options)?;
     supervisor.run()
-}
-
-fn usage(tried: &str, cause: &str, mend: &str) -> Error {
-    Error::new(ErrorKind::Invalid, tried, cause).mend(mend)
 }

@@ -20,14 +20,13 @@ use super::machine::{Event, Machine, Order, Phase, Policy, WorkerId};
 use super::options::Options;
 use super::output::{Output, Passed, Stream};
 use super::sockets::Sockets;
-use super::usage;
 use super::worker::Worker;
 use crate::config::Signals;
 use crate::control::messages::LastUpgrade;
 use crate::control::server::{ClientId, Server};
 use crate::control::{BuildIdentity, UpgradeRequest};
 use crate::engine::SignalPipe;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::pid_file::PidFile;
 use crate::poll;
 use crate::systemd::Notifier;
@@ -111,17 +110,9 @@ impl Supervisor {
         let recipe = Recipe::new(options.program.clone(), options.arguments.clone());
         let children = ChildSignals::install().map_err(|error| Error::io("install signal handlers", error))?;
         let signals = SignalPipe::install(&Signals::default(), recipe.ignored())?;
-        let sockets = Sockets::open(&options.listen, options.non_blocking)?;
-        if sockets.is_empty() && options.ready_command.is_none() && options.may_be_seen() {
-            return Err(usage(
-                "see when the program is ready",
-                "it is given no listener to wait on",
-                "name its address with --listen, or say with --ready how it tells",
-            ));
-        }
         let server = Server::bind(None)?;
-        let pid_file = options.pid_file.as_deref().map(PidFile::new);
-        pid_file.as_ref().map_or(Ok(()), PidFile::prepare)?;
+        let made = Self::prepare(&options);
+        let (sockets, pid_file) = made.inspect_err(|_| server.unlink())?;
         let machine = Machine::new(Policy {
             workers: options.workers.max(1),
             ready_timeout: options.ready_timeout,
@@ -159,6 +150,22 @@ impl Supervisor {
             last_count: None,
             not_started: None,
         })
+    }
+
+    fn prepare(options: &Options) -> Result<(Sockets, Option<PidFile>), Error> {
+        let sockets = Sockets::open(&options.listen, options.non_blocking)?;
+        let is_seen = options.may_be_seen() && options.ready_command.is_none();
+        if sockets.is_empty() && is_seen {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "see when the program is ready",
+                "it is given no listener to wait on",
+            )
+            .mend("name its address with --listen, or say with --ready how it tells"));
+        }
+        let pid_file = options.pid_file.as_deref().map(PidFile::new);
+        pid_file.as_ref().map_or(Ok(()), PidFile::prepare).inspect_err(|_| sockets.remove_paths())?;
+        Ok((sockets, pid_file))
     }
 
     pub(super) fn run(mut self) -> Result<Ended, Error> {

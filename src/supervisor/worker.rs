@@ -92,8 +92,9 @@ impl Worker {
         let environment: Vec<(OsString, OsString)> =
             environment.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
         let arguments = trampoline::arguments(options.user.as_deref(), &plan.program, &plan.argv);
-        let raised = fds.out_of_the_way().map_err(failed)?;
-        let fds = raised.iter().map(|(fd, number)| (fd.as_fd(), *number)).collect();
+        let copies = fds.copies().map_err(failed)?;
+        let places = fds.fds.iter().zip(&copies);
+        let fds = places.map(|((fd, number), copy)| (copy.as_ref().map_or(*fd, AsFd::as_fd), *number)).collect();
         let pid = plan.run(Path::new(trampoline::PROGRAM), &arguments, &environment, fds)?;
         let now = Instant::now();
         Ok(Self {
@@ -207,6 +208,7 @@ impl Worker {
     /// can have its number, as a process or as a group.
     pub(super) fn kill(&mut self) {
         self.killed = true;
+        self.next_look = None;
         // One that has just been spawned has no group of its own yet.
         let _ = killpg(self.pid, Signal::SIGKILL);
         let _ = kill(self.pid, Signal::SIGKILL);
@@ -230,9 +232,11 @@ impl<'a> Fds<'a> {
         number
     }
 
-    /// Copies of which none has a number that another is to have: they are put in their places one after the other.
-    fn out_of_the_way(&self) -> io::Result<Vec<(OwnedFd, RawFd)>> {
-        let above = self.fds.iter().map(|(fd, number)| fd.as_raw_fd().max(*number)).max().unwrap_or(FIRST_FD) + 1;
-        self.fds.iter().map(|(fd, number)| Ok((sys::dup_at_least(*fd, above)?, *number))).collect()
+    /// Copies of those whose number another is to have: they are put in their places one after the other.
+    fn copies(&self) -> io::Result<Vec<Option<OwnedFd>>> {
+        let last = self.fds.iter().map(|(_, number)| *number).max().unwrap_or_default();
+        let is_in_the_way = |fd: &BorrowedFd<'_>| fd.as_raw_fd() <= last;
+        let copy = |fd: &BorrowedFd<'_>| is_in_the_way(fd).then(|| sys::dup_at_least(*fd, last + 1)).transpose();
+        self.fds.iter().map(|(fd, _)| copy(fd)).collect()
     }
 }

@@ -79,12 +79,11 @@ impl Supervisor {
         };
         let id = *id;
         worker.check = None;
-        if status == WaitStatus::Exited(pid, 0) {
-            if self.machine.worker(id).is_some_and(|worker| worker.is_starting()) {
-                self.is_ready(id);
-            }
-        } else {
-            worker.next_look = Some(Instant::now() + CHECK_INTERVAL);
+        let waits = self.machine.worker(id).is_some_and(|worker| worker.is_starting());
+        match waits.then_some(status) {
+            Some(WaitStatus::Exited(_, 0)) => self.is_ready(id),
+            Some(_) => worker.next_look = Some(Instant::now() + CHECK_INTERVAL),
+            None => {}
         }
         true
     }

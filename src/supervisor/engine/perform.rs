@@ -69,6 +69,7 @@ impl Supervisor {
                 None
             }
             Err(error) => {
+                self.last_exit = Some((slot, format!("cannot be started: {}", error.cause())));
                 self.note_failure(error);
                 Some(Event::NotSpawned(id))
             }

@@ -60,7 +60,7 @@ impl Supervisor {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let words = exit_words(status).unwrap_or_else(|| "ended".to_owned());
         log::info!("process {} {words}", worker.pid);
-        self.last_exit = Some((worker.slot, words.clone()));
+        self.last_exit = Some((worker.slot, format!("{words} before it was ready")));
         worker.exit = Some(words);
         // Its last words: a pipe holds no more than that.
         self.blocked.extend(worker.pass_on());

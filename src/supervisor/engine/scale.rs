@@ -36,12 +36,12 @@ impl Supervisor {
     pub(super) fn look_at_scaling(&mut self) {
         let Some(scaling) = &self.scaling else { return };
         let (before, wanted) = (scaling.before, self.machine.wanted());
-        let crashed = (before..wanted).find(|slot| self.machine.crashes(*slot) > 0);
+        let crashed = self.last_exit.as_ref().filter(|(slot, _)| (before..wanted).contains(slot));
+        let crashed = crashed.filter(|(slot, _)| self.machine.crashes(*slot) > 0);
         let all_serve = self.machine.workers().all(|(_, worker)| worker.stage == Stage::Ready);
         let result = match crashed {
-            Some(slot) => {
-                let how = self.last_exit.as_ref().filter(|(other, _)| *other == slot).map(|(_, how)| how.as_str());
-                let what = format!("worker {slot} {} before it was ready", how.unwrap_or("ended"));
+            Some((slot, how)) => {
+                let what = format!("worker {slot} {how}");
                 let message = format!("not scaled: {what}; {before} serve on");
                 ResultEvent { failure: Some(what), ..ResultEvent::new(Outcome::Failed, message) }
             }

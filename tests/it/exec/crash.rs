@@ -68,6 +68,21 @@ fn a_crash_loop_is_told() {
 }
 
 #[test]
+fn a_supervisor_without_fds_says_so_and_serves_on() {
+    let home = Home::new();
+    let script =
+        format!("ulimit -n 48; exec {HANDOVER} exec --trial 100ms {} -- {}", HTTP.join(" "), plain().display());
+    let command = home.logged("/bin/sh", &["-c", &script]);
+    let server = Server::run(home, command);
+    let pid = server.first_pid().to_string();
+    let scale = |workers: &str| server.handover(&["scale", workers, "--pid", &pid]);
+    scale("30").exits_with(1).complains("cannot be started: Too many open files").complains("; 1 serve on");
+    server.assert_supervises(1);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(server.answerer().generation, 2);
+}
+
+#[test]
 fn a_supervisor_whose_stderr_is_full_goes_on() {
     let home = Home::new();
     let (reader, writer) = std::io::pipe().unwrap();
@@ -76,8 +91,9 @@ fn a_supervisor_whose_stderr_is_full_goes_on() {
     command.stdout(Stdio::null()).stderr(writer);
     let server = Server::run(home, command);
     let address = server.address();
-    // The worker's own pipe is full as well by now or soon, and nobody reads.
+    // The worker's own pipe is full as well by now or soon, and nobody reads; nor what the supervisor has to say of this.
     for generation in 2..=4 {
+        server.upgrade(&["--exe", "/no/such/program"]).exits_with(1);
         server.upgrade(&["--trial", "100ms"]).exits_with(0);
         eventually("an answer", || get(address, "/").starts_with(&format!("gen={generation}")).then_some(()));
     }
