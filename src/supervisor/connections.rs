@@ -18,16 +18,17 @@ pub(super) fn open(workers: &[Pid], addresses: &[Address]) -> Vec<usize> {
 
 fn connections_to(addresses: &[Address]) -> HashSet<u64> {
     let mut found = HashSet::new();
-    let mut paths = Vec::new();
+    let (mut tcp, mut paths) = (Vec::new(), Vec::new());
     for address in addresses {
         match address {
-            Address::Ip(ip) => match tcp_connections(*ip) {
-                Ok(connections) => found.extend(connections),
-                Err(error) => log::debug!("cannot count the connections to {ip}: {error}"),
-            },
+            Address::Ip(ip) => tcp.push(*ip),
             Address::Path(path) => paths.push(path.as_os_str().as_encoded_bytes().to_vec()),
             Address::Abstract(name) => paths.push([b"@", name.as_slice()].concat()),
         }
+    }
+    match tcp_connections(&tcp) {
+        Ok(connections) => found.extend(connections),
+        Err(error) => log::debug!("cannot count the TCP connections: {error}"),
     }
     if !paths.is_empty() {
         let table = fs::read("/proc/self/net/unix").unwrap_or_default();

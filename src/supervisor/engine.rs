@@ -247,8 +247,9 @@ impl Supervisor {
         let timers = [self.timers.alive, self.timers.drain_count, self.timers.watchdog];
         let others = [self.machine.deadline(), self.server.next_deadline()];
         let looks = self.workers.values().filter_map(|worker| worker.next_look);
+        let dismissed = self.workers.values().filter_map(|worker| worker.dismissed);
         let reports = self.reports.iter().map(|report| report.deadline);
-        timers.into_iter().chain(others).flatten().chain(looks).chain(reports).min()
+        timers.into_iter().chain(others).flatten().chain(looks).chain(dismissed).chain(reports).min()
     }
 
     fn dispatch(&mut self, source: Source, events: PollFlags) {
@@ -301,6 +302,9 @@ impl Supervisor {
         }
         if passed(&mut self.timers.watchdog, now) {
             self.ping_watchdog();
+        }
+        if self.workers.values().any(|worker| worker.dismissed.is_some()) {
+            self.look_at_dismissed(now);
         }
         self.server.drop_late(now);
     }

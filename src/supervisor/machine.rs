@@ -97,7 +97,7 @@ pub(crate) enum Action {
     },
     Stop(WorkerId),
     Kill(WorkerId),
-    /// It was not ready: killed, unless it has begun to serve all the same.
+    /// Told to stop though it was not ready. If it does not serve by then, there is no reason to wait for its end.
     Dismiss(WorkerId),
     /// Killed at the drain deadline: what it still had open is cut.
     Cut(WorkerId),

@@ -48,7 +48,8 @@ pub(super) struct Worker {
     pub(super) proof: Option<String>,
     /// The run of --ready-cmd under way.
     pub(super) check: Option<Pid>,
-    pub(super) killed: bool,
+    /// Until then it may end by itself, after it was given up.
+    pub(super) dismissed: Option<Instant>,
     /// How it ended.
     pub(super) exit: Option<String>,
 }
@@ -114,7 +115,7 @@ impl Worker {
             denied: false,
             proof: None,
             check: None,
-            killed: false,
+            dismissed: None,
             exit: None,
         })
     }
@@ -207,7 +208,6 @@ impl Worker {
     /// With everything that it has started and that has stayed in its group. Only for one that is not reaped: nobody else
     /// can have its number, as a process or as a group.
     pub(super) fn kill(&mut self) {
-        self.killed = true;
         self.next_look = None;
         // One that has just been spawned has no group of its own yet.
         let _ = killpg(self.pid, Signal::SIGKILL);

@@ -29,6 +29,8 @@ const TICK_MS: u16 = 20;
 
 static DRAINING: AtomicBool = AtomicBool::new(false);
 static OPEN: AtomicUsize = AtomicUsize::new(0);
+/// Loops that may still accept.
+static LOOPS: AtomicUsize = AtomicUsize::new(0);
 
 fn main() {
     let faults = Faults::from_environment();
@@ -46,12 +48,18 @@ fn main() {
     let way = env::args().nth(1).unwrap_or_else(|| "poll".to_owned());
     for listener in listeners() {
         let way = way.clone();
-        thread::spawn(move || accept_all(&listener, &way));
+        // One that blocks in accept never comes to its end.
+        let counted = usize::from(way != "accept");
+        LOOPS.fetch_add(counted, Ordering::SeqCst);
+        thread::spawn(move || {
+            accept_all(&listener, &way);
+            LOOPS.fetch_sub(counted, Ordering::SeqCst);
+        });
     }
     if faults.has("notify") {
         notify(&format!("STATUS=warmed up\nREADY=1\nMAINPID={}", std::process::id()));
     }
-    while !DRAINING.load(Ordering::SeqCst) || OPEN.load(Ordering::SeqCst) > 0 {
+    while !DRAINING.load(Ordering::SeqCst) || LOOPS.load(Ordering::SeqCst) > 0 || OPEN.load(Ordering::SeqCst) > 0 {
         thread::sleep(Duration::from_millis(5));
     }
 }

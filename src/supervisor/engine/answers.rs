@@ -251,8 +251,10 @@ impl Supervisor {
         if waiting.is_empty() || pids.is_empty() {
             return;
         }
-        self.timers.drain_count = Some(Instant::now() + DRAIN_COUNT_INTERVAL);
+        let begun = Instant::now();
         let open = connections::open(&pids, &self.sockets.addresses()).iter().sum();
+        // Where there are a great many sockets it takes its time, and must not take all of it.
+        self.timers.drain_count = Some(Instant::now() + DRAIN_COUNT_INTERVAL.max(10 * begun.elapsed()));
         if self.last_count == Some(open) {
             return;
         }

@@ -1,6 +1,6 @@
 //! What the machine wants done, one leaf each.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Supervisor;
 use crate::error::Error;
@@ -10,6 +10,9 @@ use crate::supervisor::worker::{Place, Worker};
 
 /// From then on the crashes of a worker are called a loop.
 const CRASH_LOOP_AFTER: u32 = 5;
+
+/// How long a new worker that was not ready may take to end by itself.
+const DISMISS_GRACE: Duration = Duration::from_millis(500);
 
 impl Supervisor {
     /// Does one thing, and says what came of it where that is not a matter of waiting.
@@ -85,15 +88,27 @@ impl Supervisor {
     }
 
     /// A program that was given the sockets may accept before it says that it is ready, and what it has accepted is to be
-    /// finished.
+    /// finished. One that does not listen to its signal and serves nobody is killed after a moment.
     fn dismiss(&mut self, id: WorkerId) {
-        let (listeners, addresses) = (self.sockets.inodes(), self.sockets.addresses());
-        let Some(worker) = self.workers.get_mut(&id) else { return };
-        worker.next_look = None;
-        if worker.waits_on_any(&listeners) || connections::open(&[worker.pid], &addresses) != [0] {
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.next_look = None;
             worker.tell_to_stop(&self.options);
-        } else {
-            worker.kill();
+            worker.dismissed = Some(Instant::now() + DISMISS_GRACE);
+        }
+    }
+
+    /// Kills those that were dismissed and serve nobody.
+    pub(super) fn look_at_dismissed(&mut self, now: Instant) {
+        let (listeners, addresses) = (self.sockets.inodes(), self.sockets.addresses());
+        for worker in self.workers.values_mut() {
+            if worker.dismissed.take_if(|until| *until <= now).is_some() {
+                let serves = worker.waits_on_any(&listeners) || connections::open(&[worker.pid], &addresses) != [0];
+                if !serves {
+                    worker.kill();
+                    // Until it is reaped.
+                    worker.dismissed = Some(now + DISMISS_GRACE);
+                }
+            }
         }
     }
 

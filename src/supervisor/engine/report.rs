@@ -10,8 +10,8 @@ use crate::engine::milliseconds_since;
 use crate::error::{Error, ErrorKind};
 use crate::supervisor::machine::{Failure, WorkerId};
 
-/// How long a killed process may take to be gone before a failure is told all the same.
-const REPORT_PATIENCE: Duration = Duration::from_millis(500);
+/// How long a process that was given up may take to be gone before the failure is told all the same.
+const REPORT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The end of a failed upgrade, held back until the new processes are gone.
 pub(super) struct Report {
@@ -109,8 +109,8 @@ impl Supervisor {
         if self.reports.is_empty() {
             return;
         }
-        let of_failed = self.machine.workers().filter(|(_, worker)| worker.generation > self.machine.generation());
-        let left = of_failed.filter_map(|(id, _)| self.workers.get(&id)).any(|worker| worker.killed);
+        // One that serves clients is not waited for.
+        let left = self.workers.values().any(|worker| worker.dismissed.is_some());
         let now = Instant::now();
         for report in std::mem::take(&mut self.reports) {
             match report.requester.client() {
