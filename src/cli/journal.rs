@@ -32,9 +32,10 @@ impl Write for Impatient {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let stderr = io::stderr();
         let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+        // Not after EINTR either: the end of a worker is a signal, and is what there is to tell.
         match poll(&mut fds, PATIENCE_MS) {
-            Ok(0) => Ok(line.len()),
-            _ => stderr.lock().write(line),
+            Ok(1..) => stderr.lock().write(line),
+            _ => Ok(line.len()),
         }
     }
 

@@ -17,7 +17,7 @@ use crate::upgrade::stderr::Tail;
 /// What a pipe that can be written to takes without blocking: PIPE_BUF.
 const CHUNK_BYTES: usize = 4096;
 /// One worker that writes without end must not keep the others waiting; and as much as a pipe holds.
-const CHUNKS_AT_ONCE: usize = 16;
+const BYTES_AT_ONCE: usize = 64 << 10;
 
 /// Where it goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,14 +86,18 @@ impl Output {
 
     fn pass_on_to(&mut self, to: BorrowedFd<'_>) -> Passed {
         let mut buffer = [0; CHUNK_BYTES];
-        for _ in 0..CHUNKS_AT_ONCE {
+        // Each byte may be a line of its own.
+        let most = CHUNK_BYTES / (1 + self.prefix.as_ref().map_or(0, |prefix| prefix.text.len()));
+        let mut passed = 0;
+        while passed < BYTES_AT_ONCE {
             let Some(pipe) = &mut self.pipe else { return Passed::All };
             if !takes_more(to) {
                 return Passed::Blocked;
             }
-            match pipe.read(&mut buffer) {
+            match pipe.read(buffer.get_mut(..most).unwrap_or_default()) {
                 Ok(0) => self.pipe = None,
                 Ok(count) => {
+                    passed += count;
                     let bytes = buffer.get(..count).unwrap_or_default();
                     if self.stream == Stream::Stderr {
                         self.tail.push(bytes);
