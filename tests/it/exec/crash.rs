@@ -55,7 +55,7 @@ fn the_build_that_was_committed_is_started_again() {
 #[test]
 fn a_crash_loop_is_told() {
     let server = exec(&[]);
-    server.upgrade(&["--env", "PLAIN=die-after=300", "--trial", "0s", "--wait", "ready"]).exits_with(0);
+    server.upgrade(&["--env", "PLAIN=die-after=1000", "--trial", "0s", "--wait", "ready"]).exits_with(0);
     eventually("three in a row", || server.workers().iter().any(|worker| worker.crashes >= 3).then_some(()));
     eventually("the time between two", || server.workers().iter().any(|worker| worker.pid.is_none()).then_some(()));
     server.handover(&["status", "--pid", &server.first_pid().to_string()]).exits_with(0).says("times in a row");

@@ -39,7 +39,7 @@ fn one_that_waits_on_some_listeners_only_is_not_ready() {
     let server = exec(&["--listen", "admin=127.0.0.1:0"]);
     let script = server.home.script("half", &format!("#!/bin/sh\nLISTEN_FDS=1 exec {}\n", plain().display()));
     server
-        .upgrade(&["--exe", script.to_str().unwrap(), "--ready-timeout", "500ms"])
+        .upgrade(&["--exe", script.to_str().unwrap(), "--ready-timeout", "3s"])
         .exits_with(1)
         .complains("it does not wait for connections on admin");
 }
@@ -75,7 +75,7 @@ fn by_a_command_as_well() {
     let looked_at = || std::fs::read_to_string(&seen).unwrap();
     assert_eq!(looked_at(), format!("1 {}\n", server.worker_pids()[0]));
     std::fs::remove_file(&file).unwrap();
-    server.upgrade(&["--ready-timeout", "700ms"]).exits_with(1).complains("--ready-cmd has not succeeded");
+    server.upgrade(&["--ready-timeout", "2s"]).exits_with(1).complains("--ready-cmd has not succeeded");
     let mut upgrade = server.begin_upgrade(&["--wait", "drained"]);
     upgrade.wait_for_line("spawned");
     eventually("a run that fails", || looked_at().starts_with("2 ").then_some(()));

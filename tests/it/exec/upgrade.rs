@@ -57,8 +57,9 @@ fn one_worker_that_fails_rolls_all_back_and_leaves_nothing() {
         ("hang,worker=0", "worker 0 of the new build was not ready in time"),
     ] {
         load.wait_for_more(20, LONG).unwrap();
+        let timeout = if plain.starts_with("hang") { "1s" } else { "30s" };
         let plain = format!("PLAIN={plain}");
-        let run = server.upgrade(&["--env", &plain, "--ready-timeout", "1s", "--trial", "2s"]).exits_with(1);
+        let run = server.upgrade(&["--env", &plain, "--ready-timeout", timeout, "--trial", "2s"]).exits_with(1);
         run.complains(message);
         assert_eq!(server.wait_for_workers(2), workers);
     }
@@ -74,7 +75,7 @@ fn one_worker_that_fails_rolls_all_back_and_leaves_nothing() {
 #[test]
 fn a_death_in_the_trial_rolls_back() {
     let server = exec(&[]);
-    let run = server.upgrade(&["--env", "PLAIN=die-after=300", "--trial", "30s", "--json"]).exits_with(1);
+    let run = server.upgrade(&["--env", "PLAIN=die-after=2000", "--trial", "30s", "--json"]).exits_with(1);
     let last = run.last_json();
     assert_eq!(last["result"], "rolled-back");
     assert!(last["failure"].as_str().unwrap().contains("exited with status 9 within the trial"));
