@@ -366,7 +366,13 @@ impl Engine {
     fn busy(&self, refusal: Refusal) -> ResultEvent {
         let pid = std::process::id();
         let message = match refusal {
-            Refusal::UpgradeUnderWay => "another upgrade is under way".to_owned(),
+            Refusal::UpgradeUnderWay => {
+                let attempt = self.attempt.as_ref().and_then(|attempt| Some((attempt.pid?, attempt.begun.elapsed())));
+                let which = attempt.map(|(new, time)| format!(": to process {new}, for {} s", time.as_secs()));
+                let mend = format!("`handover status --pid {pid}` tells how it ends");
+                let message = format!("another upgrade is under way{}", which.unwrap_or_default());
+                return ResultEvent { mend: Some(mend), ..ResultEvent::new(Outcome::Busy, message) };
+            }
             Refusal::Draining => match &self.attempt {
                 Some(attempt) if self.drain.upgraded => {
                     let new = attempt.pid.map(|pid| pid.to_string()).unwrap_or_default();

@@ -11,10 +11,13 @@ use serde_json::json;
 use super::exit::{Exit, Failure};
 use super::journal::error_prefix;
 
+/// Of a line of the new build, so that the reason above it stays in sight; `--json` has all that was kept.
+const LINE_CHARS_MAX: usize = 200;
+
 pub(crate) struct Output {
     json: bool,
     terminal: bool,
-    /// On a terminal the count of a drain is written over itself.
+    /// On a terminal the count of a drain, and why a build still starts, are written over themselves.
     open_line: bool,
     /// Connections are being finished.
     drains: bool,
@@ -43,6 +46,8 @@ impl Output {
 
     fn over_line(&mut self, text: &str) {
         let mut stdout = io::stdout().lock();
+        // One that goes on in the next line could not be written over.
+        let text = shortened(text, width(&stdout).map_or(usize::MAX, |width| width.saturating_sub(1)));
         let _ = write!(stdout, "\r\x1b[K{text}");
         let _ = stdout.flush();
         self.open_line = true;
@@ -80,7 +85,8 @@ impl Output {
         let text = stage_line(&stage.stage.to_string(), stage.at_ms, &details(stage));
         let drains = stage.stage == StageName::Draining;
         self.drains |= drains;
-        match drains && self.terminal && stage.connections != Some(0) {
+        let changes = stage.stage == StageName::Starting || drains && stage.connections != Some(0);
+        match changes && self.terminal {
             true => self.over_line(&text),
             false => self.line(&text),
         }
@@ -112,7 +118,7 @@ impl Output {
         if !result.stderr.is_empty() {
             lines.push("the last lines that the new build wrote to stderr:".to_owned());
         }
-        lines.extend(result.stderr.iter().map(|line| format!("  | {line}")));
+        lines.extend(result.stderr.iter().map(|line| format!("  | {}", shortened(line, LINE_CHARS_MAX))));
         self.complain(&lines);
         exit
     }
@@ -144,6 +150,14 @@ impl Output {
 
 fn stage_line(name: &str, at_ms: f64, details: &str) -> String {
     format!("  {name:<10}{:>10}{details}", time(at_ms)).trim_end().to_owned()
+}
+
+/// With a mark where something was cut off.
+fn shortened(text: &str, chars: usize) -> String {
+    match text.char_indices().nth(chars) {
+        Some(_) => text.chars().take(chars.saturating_sub(1)).chain(['…']).collect(),
+        None => text.to_owned(),
+    }
 }
 
 /// Of the terminal that this is; whoever reads from elsewhere gets whole lines.
@@ -239,6 +253,12 @@ mod tests {
         let path = format!("at `{}`: no", "x".repeat(60));
         assert_eq!(wrapped(&path, Some(40), 2), format!("at\n  `{}`:\n  no", "x".repeat(60)));
         assert_eq!(wrapped("", Some(40), 2), "");
+    }
+
+    #[test]
+    fn what_is_cut_off_is_marked() {
+        assert_eq!((shortened("äbc", 3), shortened("äbcd", 3)), ("äbc".to_owned(), "äb…".to_owned()));
+        assert_eq!(shortened("abc", usize::MAX), "abc");
     }
 
     #[test]

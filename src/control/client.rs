@@ -22,6 +22,8 @@ use crate::sys;
 
 /// A process that says nothing for this long, not even that it is alive, is stopped or hangs.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// How long a process whose connections are closed may take until it is gone.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long an old process that has drained may take to exit.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -160,7 +162,10 @@ impl Client {
         };
         let result = match self.follow(&mut note)? {
             Some(result) => result,
-            None => return self.after_its_death(new_pid, drains),
+            None => {
+                self.must_have_died()?;
+                return self.after_its_death(new_pid, drains);
+            }
         };
         if request.wait == Some(Wait::Drained) && matches!(result.result, Outcome::Upgraded | Outcome::Cut) {
             self.wait_for_exit();
@@ -183,7 +188,10 @@ impl Client {
         let result = match self.follow(&mut on_answer)? {
             Some(result) => result,
             // It was to end, and it has ended.
-            None => ResultEvent::new(Outcome::Stopped, format!("process {} ended before it said how", self.pid)),
+            None => {
+                self.must_have_died()?;
+                ResultEvent::new(Outcome::Stopped, format!("process {} ended before it said how", self.pid))
+            }
         };
         if matches!(result.result, Outcome::Stopped | Outcome::Cut) {
             self.wait_for_exit();
@@ -209,6 +217,18 @@ impl Client {
                 Some(Event::Status(_)) => return Err(self.failed("ask", "it gave another answer than asked for")),
                 None => return Ok(None),
             }
+        }
+    }
+
+    /// A process that lives closes the connection to a client that does not read.
+    fn must_have_died(&self) -> Result<(), Error> {
+        let deadline = Some(Instant::now() + DEATH_TIMEOUT);
+        let ended = |process: &OwnedFd| crate::poll::wait(process.as_fd(), PollFlags::POLLIN, deadline).unwrap_or(true);
+        match self.process.as_ref().is_none_or(ended) {
+            true => Ok(()),
+            false => Err(self
+                .failed("hear", "it has closed the connection, and lives")
+                .mend("what came of it is not known: `handover status` tells")),
         }
     }
 

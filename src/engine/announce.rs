@@ -1,7 +1,7 @@
 //! Telling whoever asked: stages, results, status.
 
 use std::os::fd::AsFd;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::unistd::Pid;
 
@@ -20,6 +20,9 @@ use crate::sock_diag::unix_accept_backlog;
 use crate::sys;
 use crate::upgrade::{Progress, Stage};
 
+/// How often a reason why it is still starting is passed on; the last one is in any case, with `ALIVE_INTERVAL`.
+const STARTING_INTERVAL: Duration = Duration::from_millis(100);
+
 impl Engine {
     pub(super) fn announce_stage(&mut self, progress: Progress) {
         let stage = match progress {
@@ -31,7 +34,14 @@ impl Engine {
             Progress::Healthy => StageName::Healthy,
             Progress::Draining => return self.announce_drain(),
         };
-        let Some(attempt) = &self.attempt else { return };
+        let Some(attempt) = &mut self.attempt else { return };
+        if stage == StageName::Starting {
+            attempt.starting_untold = attempt.starting_told.is_some_and(|told| told.elapsed() < STARTING_INTERVAL);
+            if attempt.starting_untold {
+                return;
+            }
+            attempt.starting_told = Some(Instant::now());
+        }
         let mut event =
             StageEvent { stage, at_ms: attempt.elapsed_ms(), pid: None, reason: None, claims: None, connections: None };
         match stage {
@@ -111,6 +121,9 @@ impl Engine {
             server.send(id, &Said::Alive);
         }
         self.schedule_alive();
+        if self.upgrade.stage() == Stage::Adopted && self.attempt.as_ref().is_some_and(|one| one.starting_untold) {
+            self.announce_stage(Progress::Starting);
+        }
     }
 
     pub(super) fn answer(&mut self, requester: Requester, result: ResultEvent) {

@@ -50,8 +50,12 @@ pub(super) struct Attempt {
     pub(super) stderr: Option<StderrTail>,
     pub(super) offered: Vec<AdoptedListener>,
     pub(super) claims: Claims,
+    pub(super) adopted: bool,
     /// Why it says that it is still starting.
     pub(super) starting: Option<String>,
+    /// When that was last passed on, and whether it has said something else since.
+    pub(super) starting_told: Option<Instant>,
+    pub(super) starting_untold: bool,
     /// Listeners on which the new application waits, once it has answered the commit.
     pub(super) accepting: Option<Vec<String>>,
     pub(super) committed: Option<Instant>,
@@ -72,7 +76,10 @@ impl Attempt {
             stderr: None,
             offered: vec![],
             claims: Claims::default(),
+            adopted: false,
             starting: None,
+            starting_told: None,
+            starting_untold: false,
             accepting: None,
             committed: None,
             cause: None,

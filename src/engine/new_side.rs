@@ -72,7 +72,12 @@ impl Engine {
                 Action::SendStopping => self.send_upstream(Message::Stopping),
                 Action::OpenGate => self.open_as_new(),
                 Action::ShutGate => self.shared.gate.shut(),
-                Action::Refuse => self.refuse(&reason),
+                Action::Refuse => {
+                    // The old process says it, too, where the upgrade was asked for.
+                    let level = if event == Event::Aborted { log::Level::Info } else { log::Level::Error };
+                    log::log!(level, "generation {} will not serve: {reason}", self.shared.generation);
+                    self.refuse(&reason);
+                }
                 Action::Own => {
                     log::info!("generation {} owns the listeners", self.shared.generation);
                     self.tell_manager_of_ownership();
@@ -82,7 +87,6 @@ impl Engine {
     }
 
     fn refuse(&mut self, reason: &str) {
-        log::error!("generation {} will not serve: {reason}", self.shared.generation);
         if let Some(pid_file) = &self.pid_file {
             pid_file.discard();
         }

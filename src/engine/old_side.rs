@@ -270,6 +270,7 @@ impl Engine {
                     let cause = format!("chose version {protocol} of the protocol, which was not offered");
                     return self.failed(Failure::ChannelBroken, cause);
                 }
+                attempt.adopted = true;
                 Event::Adopted
             }
             (S::Starting, Message::Refused { reason, .. }) => {
@@ -412,7 +413,10 @@ impl Engine {
                 let timeout = self.duration(Timer::Ready).unwrap_or_default();
                 let starting = attempt.and_then(|attempt| attempt.starting.as_ref());
                 let last = starting.map(|reason| format!(" (it last said: {reason})")).unwrap_or_default();
-                format!("was not ready within {timeout:?}{last}")
+                match attempt.is_some_and(|attempt| attempt.adopted) {
+                    true => format!("was not ready within {timeout:?}{last}"),
+                    false => format!("was not ready within {timeout:?}, and has not even called `Handover::start`"),
+                }
             }
             Failure::Stopped => "was not ready when this process was told to stop".to_owned(),
             Failure::Exited => format!("{} before it was ready", cause.unwrap_or_else(|| "ended".to_owned())),
