@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
+use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Pid;
 
@@ -107,10 +108,15 @@ impl Client {
     ///
     /// That of `setsockopt(2)`; a time of zero is not allowed.
     pub fn patience(mut self, longest: Duration) -> Result<Self, Error> {
-        let set = self.stream.get_ref().set_read_timeout(Some(longest));
+        let set = self.set_patience(longest);
         set.map_err(|error| Error::io(format!("ask {}", self.target), error).with_kind(ErrorKind::Invalid))?;
-        self.patience = longest;
         Ok(self)
+    }
+
+    fn set_patience(&mut self, longest: Duration) -> io::Result<()> {
+        self.stream.get_ref().set_read_timeout(Some(longest))?;
+        self.patience = longest;
+        Ok(())
     }
 
     /// The process that answers, as this process sees it.
@@ -166,6 +172,65 @@ impl Client {
             self.wait_for_exit();
         }
         Ok(result)
+    }
+
+    /// Ends the process, and starts its new build when it is gone; clients wait in the queues of the listeners, which the
+    /// new process holds from before that on. Returns when the new process is ready.
+    ///
+    /// Every end that either process reports is an `Ok`: look at [`ResultEvent::result`].
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NothingServes`] if the new process ended before it was ready, without a word;
+    /// [`ErrorKind::Failed`] if nobody answers any more.
+    pub fn restart(
+        mut self,
+        request: &UpgradeRequest,
+        mut on_answer: impl FnMut(&Answer),
+    ) -> Result<ResultEvent, Error> {
+        self.say(&Request::Restart(request.clone()))?;
+        let (mut new_pid, mut adopted, mut cut) = (None, false, 0);
+        // The old process may be silent until the new one ends it.
+        let silence_max = SILENCE_MAX + request.drain_before_restart() + request.kill_after();
+        self.set_patience(silence_max).map_err(|error| Error::io(format!("ask {}", self.target), error))?;
+        let mut note = |answer: &Answer| {
+            if let Answer::Stage(stage) = answer {
+                new_pid = stage.pid.or(new_pid);
+                adopted |= stage.stage == StageName::Adopted;
+                cut = stage.cut.unwrap_or(cut);
+            }
+            on_answer(answer);
+        };
+        match self.follow(&mut note)? {
+            Some(result) if result.result == Outcome::Restarted && cut > 0 => Ok(with_cut(result, cut, request)),
+            Some(result) => Ok(result),
+            None if !adopted => self.after_its_death(new_pid, false),
+            None => {
+                let new = new_pid.unwrap_or_default();
+                let cause = format!(
+                    "nothing serves: process {} has ended, and so has the new process {new}, before it was ready",
+                    self.pid
+                );
+                let error = Error::new(ErrorKind::NothingServes, format!("restart {}", self.target), cause);
+                Err(error.mend("what it wrote to stderr is in the log of the service; then start the service again"))
+            }
+        }
+    }
+
+    /// Lets a process go on that was stopped (SIGSTOP), so that it can answer. `false` if it was not.
+    ///
+    /// # Errors
+    ///
+    /// That of `pidfd_send_signal(2)`.
+    pub fn resume(&self) -> Result<bool, Error> {
+        let (true, Some(process)) = (self.is_stopped(), &self.process) else { return Ok(false) };
+        let resumed = sys::pidfd_send_signal(process.as_fd(), Signal::SIGCONT);
+        resumed.map(|()| true).map_err(|error| Error::io(format!("let process {} go on", self.pid), error))
+    }
+
+    fn is_stopped(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']))
     }
 
     /// Drains the process and returns when it is gone.
@@ -307,10 +372,8 @@ impl Client {
     }
 
     fn silent(&self) -> Error {
-        let state = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        let stopped = state.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']));
         let cause = format!("it has said nothing for {} s", self.patience.as_secs());
-        match (stopped, self.accepted) {
+        match (self.is_stopped(), self.accepted) {
             (true, true) => self
                 .failed("ask", &format!("{cause}: it is stopped"))
                 .mend("`kill -CONT` lets it go on, with what it has begun: `handover status` tells"),
@@ -337,6 +400,21 @@ impl Client {
         };
         Error::new(kind, format!("{verb} {}", self.target), result.message.clone())
     }
+}
+
+/// In a restart the old process cuts, and the new one tells how it ended.
+fn with_cut(result: ResultEvent, cut: usize, request: &UpgradeRequest) -> ResultEvent {
+    let connections = match cut {
+        1 => "1 connection was closed".to_owned(),
+        _ => format!("{cut} connections were closed"),
+    };
+    // Without a time to drain that is what was asked for.
+    let (outcome, when) = match request.drain_before_restart().is_zero() {
+        true => (result.result, ""),
+        false => (Outcome::Cut, " at the drain deadline"),
+    };
+    let message = format!("{}; {connections}{when}", result.message);
+    ResultEvent { result: outcome, message, cut: Some(cut), ..result }
 }
 
 /// Connects through the directory's fd: what `/proc/PID/root` puts before a path may make it too long for a socket

@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::command::{Run, run};
 use crate::home::{HANDOVER, Home};
 
-const VERBS: [&str; 5] = ["upgrade", "status", "ps", "stop", "check"];
+const VERBS: [&str; 6] = ["upgrade", "restart", "status", "ps", "stop", "check"];
 
 fn handover(arguments: &[&str]) -> Run {
     let mut command = Command::new(HANDOVER);
