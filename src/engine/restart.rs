@@ -47,8 +47,14 @@ impl Engine {
         Some((offered, asker))
     }
 
-    /// An older generation would run beside the new process, too.
+    /// Why this process cannot be restarted now.
     pub(super) fn refuse_restart(&self) -> Option<ResultEvent> {
+        if std::process::id() == 1 {
+            let message = "not restarted: this is process 1 of its container, and when it ends the kernel kills the new \
+                           one as well; it serves on (restart the container)";
+            return Some(ResultEvent::new(Outcome::Failed, message));
+        }
+        // They would run beside the new process.
         let pids: Vec<String> = self.older.iter().map(|(older, _)| older.pid.to_string()).collect();
         let first = pids.first()?;
         let message = format!(

@@ -34,6 +34,7 @@ mod datagrams;
 mod drain;
 mod state;
 mod pull;
+mod restart;
 mod activation;
 mod namespaces;
 mod load;
