@@ -45,6 +45,16 @@ pub(crate) enum Origin {
     Restart,
 }
 
+impl Origin {
+    /// What people call what it begins.
+    pub(crate) fn noun(self) -> &'static str {
+        match self {
+            Self::Push | Self::Pull => "upgrade",
+            Self::Restart => "restart",
+        }
+    }
+}
+
 /// Why an upgrade ends without the new process serving. The words for it are the engine's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Failure {

@@ -18,7 +18,7 @@ use crate::protocol::Kind;
 use crate::shared::unix_ms;
 use crate::sock_diag::unix_accept_backlog;
 use crate::sys;
-use crate::upgrade::{Origin, Progress, Stage};
+use crate::upgrade::{Progress, Stage};
 
 impl Engine {
     pub(super) fn announce_stage(&mut self, progress: Progress) {
@@ -39,8 +39,7 @@ impl Engine {
             StageName::Ready => event.claims = Some(attempt.claims.clone()),
             _ => {}
         }
-        let what = if attempt.origin == Origin::Restart { "restart" } else { "upgrade" };
-        log::info!("{what}: {stage} after {:.1} ms", event.at_ms);
+        log::info!("{}: {stage} after {:.1} ms", attempt.origin.noun(), event.at_ms);
         if let (Requester::Client(id, _), Some(server)) = (&attempt.requester, &mut self.server) {
             server.send(*id, &Said::Stage(event));
         }

@@ -42,9 +42,9 @@ impl Engine {
         }
     }
 
-    pub(super) fn tell_manager_of_failure(&self, what: &str) {
+    pub(super) fn tell_manager_of_failure(&self, origin: Origin, what: &str) {
         if let Some(notifier) = &self.notifier {
-            notifier.ready(&format!("{}; the last upgrade failed: {what}", self.serving_status()));
+            notifier.ready(&format!("{}; the last {} failed: {what}", self.serving_status(), origin.noun()));
         }
     }
 
@@ -55,7 +55,7 @@ impl Engine {
             self.tell_manager_of_upgrade();
         } else if self.upgrade.stage() == Stage::Serving && self.inherit.owns() {
             self.tell_manager_of_upgrade();
-            self.tell_manager_of_failure(what);
+            self.tell_manager_of_failure(Origin::Push, what);
         }
     }
 

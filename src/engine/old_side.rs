@@ -464,7 +464,7 @@ impl Engine {
             failure: Some(what.clone()),
             ..ResultEvent::new(outcome, format!("{verdict}: {what}; {serves}"))
         };
-        self.tell_manager_of_failure(&what);
+        self.tell_manager_of_failure(attempt.origin, &what);
         let deadline = Instant::now() + Report::PATIENCE;
         // One that pulled is not ours to wait for; only what it leaves is of interest.
         let process = match attempt.origin {
