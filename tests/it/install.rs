@@ -129,6 +129,7 @@ fn everything_is_installed_and_removed() {
         "share/fish/vendor_completions.d/handover.fish",
         "share/man/man1/handover-check.1",
         "share/man/man1/handover-ps.1",
+        "share/man/man1/handover-restart.1",
         "share/man/man1/handover-status.1",
         "share/man/man1/handover-stop.1",
         "share/man/man1/handover-upgrade.1",
