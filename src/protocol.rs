@@ -211,7 +211,7 @@ pub struct Claims {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
-    Offer(Offer),
+    Offer(Box<Offer>),
     /// `restart`: it will wait for our end. A build that knows nothing of restarts does not say so.
     Adopted {
         protocol: u32,

@@ -209,7 +209,7 @@ impl Engine {
             program: Some(shared.started.lasting_program()).filter(|path| attempt.request.previous && is_unicode(path)),
             restart,
         };
-        channel.send(Message::Offer(offer), fds).map_err(|broken| broken.to_string())
+        channel.send(Message::Offer(offer.into()), fds).map_err(|broken| broken.to_string())
     }
 
     fn send(&mut self, message: Message) -> Result<(), String> {

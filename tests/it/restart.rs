@@ -331,7 +331,7 @@ impl Draining {
 
     /// The command says so at once; the old process finishes what it has, and cleans up as the last one.
     #[track_caller]
-    fn is_lost(self, how: &str) {
+    fn loses_the_new_one(self, how: &str) {
         let run = self.restart.finish().exits_with(8);
         let message = run.last_json()["message"].as_str().unwrap().to_owned();
         let wanted = format!("{how} before it was ready, and process {} drains: nothing serves", self.old);
@@ -346,7 +346,7 @@ impl Draining {
 fn the_new_one_killed_while_the_old_one_drains() {
     let draining = Draining::start(&[]);
     draining.server.signal(draining.new, Signal::SIGKILL);
-    draining.is_lost("was killed by SIGKILL");
+    draining.loses_the_new_one("was killed by SIGKILL");
 }
 
 /// `systemctl stop` tells every process of the unit.
@@ -354,7 +354,7 @@ fn the_new_one_killed_while_the_old_one_drains() {
 fn the_new_one_told_to_stop_while_the_old_one_drains() {
     let draining = Draining::start(&[]);
     draining.server.signal(draining.new, Signal::SIGTERM);
-    draining.is_lost("exited with status 1");
+    draining.loses_the_new_one("exited with status 1");
 }
 
 #[test]
