@@ -1,5 +1,7 @@
 //! The asking side of the control socket.
 
+mod restart;
+
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -9,7 +11,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
-use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Pid;
 
@@ -46,6 +47,8 @@ pub struct Client {
     /// It has taken the request, and will do it even if nobody waits.
     accepted: bool,
     patience: Duration,
+    /// How long both processes of a restart may be silent, once the new one has the listeners.
+    patience_once_adopted: Option<Duration>,
 }
 
 /// What a process says while an upgrade or a stop is under way.
@@ -99,6 +102,7 @@ impl Client {
             process,
             accepted: false,
             patience: SILENCE_MAX,
+            patience_once_adopted: None,
         })
     }
 
@@ -166,71 +170,12 @@ impl Client {
         };
         let result = match self.follow(&mut note)? {
             Some(result) => result,
-            None => return self.after_its_death(new_pid, drains),
+            None => return self.after_its_death("upgrade", new_pid, drains),
         };
         if request.wait == Some(Wait::Drained) && matches!(result.result, Outcome::Upgraded | Outcome::Cut) {
             self.wait_for_exit();
         }
         Ok(result)
-    }
-
-    /// Ends the process, and starts its new build when it is gone; clients wait in the queues of the listeners, which the
-    /// new process holds from before that on. Returns when the new process is ready.
-    ///
-    /// Every end that either process reports is an `Ok`: look at [`ResultEvent::result`].
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::NothingServes`] if the new process ended before it was ready, without a word;
-    /// [`ErrorKind::Failed`] if nobody answers any more.
-    pub fn restart(
-        mut self,
-        request: &UpgradeRequest,
-        mut on_answer: impl FnMut(&Answer),
-    ) -> Result<ResultEvent, Error> {
-        self.say(&Request::Restart(request.clone()))?;
-        let (mut new_pid, mut adopted, mut cut) = (None, false, 0);
-        // The old process may be silent until the new one ends it.
-        let silence_max = SILENCE_MAX + request.drain_before_restart() + request.kill_after();
-        self.set_patience(silence_max).map_err(|error| Error::io(format!("ask {}", self.target), error))?;
-        let mut note = |answer: &Answer| {
-            if let Answer::Stage(stage) = answer {
-                new_pid = stage.pid.or(new_pid);
-                adopted |= stage.stage == StageName::Adopted;
-                cut = stage.cut.unwrap_or(cut);
-            }
-            on_answer(answer);
-        };
-        match self.follow(&mut note)? {
-            Some(result) if result.result == Outcome::Restarted && cut > 0 => Ok(with_cut(result, cut, request)),
-            Some(result) => Ok(result),
-            None if !adopted => self.after_its_death(new_pid, false),
-            None => {
-                let new = new_pid.unwrap_or_default();
-                let cause = format!(
-                    "nothing serves: process {} has ended, and so has the new process {new}, before it was ready",
-                    self.pid
-                );
-                let error = Error::new(ErrorKind::NothingServes, format!("restart {}", self.target), cause);
-                Err(error.mend("what it wrote to stderr is in the log of the service; then start the service again"))
-            }
-        }
-    }
-
-    /// Lets a process go on that was stopped (SIGSTOP), so that it can answer. `false` if it was not.
-    ///
-    /// # Errors
-    ///
-    /// That of `pidfd_send_signal(2)`.
-    pub fn resume(&self) -> Result<bool, Error> {
-        let (true, Some(process)) = (self.is_stopped(), &self.process) else { return Ok(false) };
-        let resumed = sys::pidfd_send_signal(process.as_fd(), Signal::SIGCONT);
-        resumed.map(|()| true).map_err(|error| Error::io(format!("let process {} go on", self.pid), error))
-    }
-
-    fn is_stopped(&self) -> bool {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']))
     }
 
     /// Drains the process and returns when it is gone.
@@ -267,6 +212,10 @@ impl Client {
                 Some(Event::Stage(mut stage)) => {
                     // All of their fields are optional, so serde finds claims in any stage.
                     stage.claims = stage.claims.filter(|_| stage.stage == StageName::Ready);
+                    if let Some(longest) = self.patience_once_adopted.filter(|_| stage.stage == StageName::Adopted) {
+                        let set = self.set_patience(longest);
+                        set.map_err(|error| Error::io(format!("hear {}", self.target), error))?;
+                    }
                     on_answer(&Answer::Stage(stage));
                 }
                 Some(Event::Alive) => {}
@@ -279,10 +228,10 @@ impl Client {
 
     /// The old process ended without a last word. The truth is with the new one, if there is one: it takes over as soon
     /// as it is ready.
-    fn after_its_death(&self, new_pid: Option<i32>, drains: bool) -> Result<ResultEvent, Error> {
+    fn after_its_death(&self, verb: &str, new_pid: Option<i32>, drains: bool) -> Result<ResultEvent, Error> {
         let old = self.pid;
         let nothing = |cause: String| {
-            let error = Error::new(ErrorKind::NothingServes, format!("upgrade {}", self.target), cause);
+            let error = Error::new(ErrorKind::NothingServes, format!("{verb} {}", self.target), cause);
             Err(error.mend("start the service again"))
         };
         let Some(new) = new_pid else {
@@ -293,7 +242,8 @@ impl Client {
             let status = Client::connect(&Target::Pid(new)).and_then(Client::status);
             match status {
                 Ok(status) if matches!(status.state, State::Serving | State::Upgrading) => {
-                    let how = if drains { "while it drained" } else { "in the middle of the upgrade" };
+                    let how =
+                        if drains { "while it drained".to_owned() } else { format!("in the middle of the {verb}") };
                     let message = format!("process {old} died {how}; process {new} has taken over");
                     let (pid, generation) = (Some(new), Some(status.generation));
                     return Ok(ResultEvent { pid, generation, ..ResultEvent::new(Outcome::Upgraded, message) });
@@ -371,9 +321,16 @@ impl Client {
         event.map(Some).map_err(|error| self.failed("understand", &format!("it answered {error}")))
     }
 
+    /// As `/proc/PID/stat` has it: `T` by a signal, `t` by a debugger.
+    fn state(&self) -> Option<char> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
+        stat.rsplit_once(") ")?.1.chars().next()
+    }
+
     fn silent(&self) -> Error {
+        let stopped = matches!(self.state(), Some('T' | 't'));
         let cause = format!("it has said nothing for {} s", self.patience.as_secs());
-        match (self.is_stopped(), self.accepted) {
+        match (stopped, self.accepted) {
             (true, true) => self
                 .failed("ask", &format!("{cause}: it is stopped"))
                 .mend("`kill -CONT` lets it go on, with what it has begun: `handover status` tells"),
@@ -400,21 +357,6 @@ impl Client {
         };
         Error::new(kind, format!("{verb} {}", self.target), result.message.clone())
     }
-}
-
-/// In a restart the old process cuts, and the new one tells how it ended.
-fn with_cut(result: ResultEvent, cut: usize, request: &UpgradeRequest) -> ResultEvent {
-    let connections = match cut {
-        1 => "1 connection was closed".to_owned(),
-        _ => format!("{cut} connections were closed"),
-    };
-    // Without a time to drain that is what was asked for.
-    let (outcome, when) = match request.drain_before_restart().is_zero() {
-        true => (result.result, ""),
-        false => (Outcome::Cut, " at the drain deadline"),
-    };
-    let message = format!("{}; {connections}{when}", result.message);
-    ResultEvent { result: outcome, message, cut: Some(cut), ..result }
 }
 
 /// Connects through the directory's fd: what `/proc/PID/root` puts before a path may make it too long for a socket
