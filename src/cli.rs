@@ -1,5 +1,6 @@
 //! What can be asked on the command line. Parsing only validates; one file a verb does it.
 
+mod build;
 mod check;
 mod exit;
 mod generate;
@@ -7,6 +8,7 @@ mod interrupt;
 mod journal;
 mod output;
 mod ps;
+mod restart;
 mod status;
 mod stop;
 mod upgrade;
@@ -37,6 +39,7 @@ use output::Output;
     handover check --pid 4711            will an upgrade work?\n  \
     handover upgrade --pid 4711          start the new build and hand over to it\n  \
     handover status --pid 4711           what serves now, and what came of the last upgrade\n  \
+    handover restart --pid 4711          end it, then start the new build; clients wait\n  \
     handover stop --pid 4711             finish the open connections, then exit\n\n\
     Exit codes:\n  \
     0  done\n  \
@@ -56,6 +59,7 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Upgrade(upgrade::Arguments),
+    Restart(restart::Arguments),
     Status(status::Arguments),
     Ps(ps::Arguments),
     Stop(stop::Arguments),
@@ -163,6 +167,10 @@ fn do_verb(arguments: Arguments) -> Exit {
         Verb::Ps(arguments) => {
             let mut output = Output::new(arguments.json);
             (ps::run(&arguments, &mut output), output)
+        }
+        Verb::Restart(arguments) => {
+            let mut output = Output::new(arguments.json);
+            (restart::run(arguments, &mut output), output)
         }
         Verb::Stop(arguments) => {
             let mut output = Output::new(arguments.json);

@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use handover::control::{Answer, ResultEvent, StageEvent, StageName};
+use handover::control::{Answer, Outcome, ResultEvent, StageEvent, StageName};
 use serde::Serialize;
 use serde_json::json;
 
@@ -107,7 +107,8 @@ impl Output {
             return exit;
         }
         if exit == Exit::Done {
-            if let Some(at) = result.at_ms.filter(|_| self.drains) {
+            // A restart has told its own.
+            if let Some(at) = result.at_ms.filter(|_| self.drains && result.result != Outcome::Restarted) {
                 self.line(&stage_line("drained", at, ""));
             }
             self.line(&result.message);
@@ -189,10 +190,12 @@ fn details(stage: &StageEvent) -> String {
     let mut parts = Vec::new();
     parts.extend(stage.pid.map(|pid| format!("pid {pid}")));
     parts.extend(stage.reason.clone());
-    parts.extend(stage.connections.map(|count| match count {
-        1 => "1 connection open".to_owned(),
-        _ => format!("{count} connections open"),
-    }));
+    let connections = |count: usize, what: &str| match count {
+        1 => format!("1 connection {what}"),
+        _ => format!("{count} connections {what}"),
+    };
+    parts.extend(stage.connections.map(|count| connections(count, "open")));
+    parts.extend(stage.cut.filter(|cut| *cut > 0).map(|cut| connections(cut, "closed")));
     if let Some(claims) = &stage.claims {
         let named = [("keeps", &claims.kept), ("adds", &claims.added), ("does not want", &claims.unclaimed)];
         parts.extend(

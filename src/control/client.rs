@@ -1,5 +1,7 @@
 //! The asking side of the control socket.
 
+mod restart;
+
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -47,6 +49,8 @@ pub struct Client {
     /// It has taken the request, and will do it even if nobody waits.
     accepted: bool,
     patience: Duration,
+    /// How long both processes of a restart may be silent, once the new one has the listeners.
+    patience_once_adopted: Option<Duration>,
 }
 
 /// What a process says while an upgrade or a stop is under way.
@@ -100,6 +104,7 @@ impl Client {
             process,
             accepted: false,
             patience: SILENCE_MAX,
+            patience_once_adopted: None,
         })
     }
 
@@ -109,10 +114,15 @@ impl Client {
     ///
     /// That of `setsockopt(2)`; a time of zero is not allowed.
     pub fn patience(mut self, longest: Duration) -> Result<Self, Error> {
-        let set = self.stream.get_ref().set_read_timeout(Some(longest));
+        let set = self.set_patience(longest);
         set.map_err(|error| Error::io(format!("ask {}", self.target), error).with_kind(ErrorKind::Invalid))?;
-        self.patience = longest;
         Ok(self)
+    }
+
+    fn set_patience(&mut self, longest: Duration) -> io::Result<()> {
+        self.stream.get_ref().set_read_timeout(Some(longest))?;
+        self.patience = longest;
+        Ok(())
     }
 
     /// The process that answers, as this process sees it.
@@ -164,7 +174,7 @@ impl Client {
             Some(result) => result,
             None => {
                 self.must_have_died()?;
-                return self.after_its_death(new_pid, drains);
+                return self.after_its_death("upgrade", new_pid, drains);
             }
         };
         if request.wait == Some(Wait::Drained) && matches!(result.result, Outcome::Upgraded | Outcome::Cut) {
@@ -210,6 +220,10 @@ impl Client {
                 Some(Event::Stage(mut stage)) => {
                     // All of their fields are optional, so serde finds claims in any stage.
                     stage.claims = stage.claims.filter(|_| stage.stage == StageName::Ready);
+                    if let Some(longest) = self.patience_once_adopted.filter(|_| stage.stage == StageName::Adopted) {
+                        let set = self.set_patience(longest);
+                        set.map_err(|error| Error::io(format!("hear {}", self.target), error))?;
+                    }
                     on_answer(&Answer::Stage(stage));
                 }
                 Some(Event::Alive) => {}
@@ -234,10 +248,10 @@ impl Client {
 
     /// The old process ended without a last word. The truth is with the new one, if there is one: it takes over as soon
     /// as it is ready.
-    fn after_its_death(&self, new_pid: Option<i32>, drains: bool) -> Result<ResultEvent, Error> {
+    fn after_its_death(&self, verb: &str, new_pid: Option<i32>, drains: bool) -> Result<ResultEvent, Error> {
         let old = self.pid;
         let nothing = |cause: String| {
-            let error = Error::new(ErrorKind::NothingServes, format!("upgrade {}", self.target), cause);
+            let error = Error::new(ErrorKind::NothingServes, format!("{verb} {}", self.target), cause);
             Err(error.mend("start the service again"))
         };
         let Some(new) = new_pid else {
@@ -248,7 +262,8 @@ impl Client {
             let status = Client::connect(&Target::Pid(new)).and_then(Client::status);
             match status {
                 Ok(status) if matches!(status.state, State::Serving | State::Upgrading) => {
-                    let how = if drains { "while it drained" } else { "in the middle of the upgrade" };
+                    let how =
+                        if drains { "while it drained".to_owned() } else { format!("in the middle of the {verb}") };
                     let message = format!("process {old} died {how}; process {new} has taken over");
                     let (pid, generation) = (Some(new), Some(status.generation));
                     return Ok(ResultEvent { pid, generation, ..ResultEvent::new(Outcome::Upgraded, message) });
@@ -326,9 +341,14 @@ impl Client {
         event.map(Some).map_err(|error| self.failed("understand", &format!("it answered {error}")))
     }
 
+    /// As `/proc/PID/stat` has it: `T` by a signal, `t` by a debugger.
+    fn state(&self) -> Option<char> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
+        stat.rsplit_once(") ")?.1.chars().next()
+    }
+
     fn silent(&self) -> Error {
-        let state = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        let stopped = state.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']));
+        let stopped = matches!(self.state(), Some('T' | 't'));
         let cause = format!("it has said nothing for {} s", self.patience.as_secs());
         match (stopped, self.accepted) {
             (true, true) => self

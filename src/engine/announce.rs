@@ -42,15 +42,14 @@ impl Engine {
             }
             attempt.starting_told = Some(Instant::now());
         }
-        let mut event =
-            StageEvent { stage, at_ms: attempt.elapsed_ms(), pid: None, reason: None, claims: None, connections: None };
+        let mut event = StageEvent::new(stage, attempt.elapsed_ms());
         match stage {
             StageName::Spawned => event.pid = attempt.pid,
             StageName::Starting => event.reason.clone_from(&attempt.starting),
             StageName::Ready => event.claims = Some(attempt.claims.clone()),
             _ => {}
         }
-        log::info!("upgrade: {stage} after {:.1} ms", event.at_ms);
+        log::info!("{}: {stage} after {:.1} ms", attempt.origin.noun(), event.at_ms);
         if let (Requester::Client(id, _), Some(server)) = (&attempt.requester, &mut self.server) {
             server.send(*id, &Said::Stage(event));
         }
@@ -83,12 +82,8 @@ impl Engine {
         let Some(server) = &mut self.server else { return };
         for (id, begun) in waiting {
             let event = StageEvent {
-                stage: StageName::Draining,
-                at_ms: milliseconds_since(begun),
-                pid: None,
-                reason: None,
-                claims: None,
                 connections: Some(connections),
+                ..StageEvent::new(StageName::Draining, milliseconds_since(begun))
             };
             server.send(id, &Said::Stage(event));
         }
@@ -109,9 +104,8 @@ impl Engine {
     /// So that whoever waits can tell a long start from a stopped process.
     pub(super) fn say_alive(&mut self) {
         let mut waiting: Vec<u64> = self.stop_clients.iter().map(|(id, _)| *id).collect();
-        if let Some(Requester::Client(id, _)) = self.attempt.as_ref().map(|attempt| &attempt.requester) {
-            waiting.push(*id);
-        }
+        waiting.extend(self.attempt.as_ref().and_then(|attempt| attempt.requester.client()));
+        waiting.extend(self.asker_of_restart());
         let Some(server) = &mut self.server else { return };
         waiting.retain(|id| server.is_connected(*id));
         if waiting.is_empty() {
@@ -169,8 +163,11 @@ impl Engine {
                 ..result
             },
         };
-        let for_upgrade = closed(self.upgraded());
-        self.answer_if_waiting_with(for_upgrade);
+        // The new process of a restart answers for itself.
+        if !self.is_restarting() {
+            let for_upgrade = closed(self.upgraded());
+            self.answer_if_waiting_with(for_upgrade);
+        }
         for (id, begun) in std::mem::take(&mut self.stop_clients) {
             let message = match self.drain.upgraded {
                 true => format!("process {} drained", std::process::id()),
@@ -238,7 +235,7 @@ impl Engine {
     }
 
     /// A process that was killed could not do it itself.
-    fn clean_up_after(&self, pid: Pid) {
+    pub(super) fn clean_up_after(&self, pid: Pid) {
         if let Some(server) = &self.server {
             server.remove_stale(pid);
         }

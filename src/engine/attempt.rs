@@ -28,6 +28,13 @@ pub(super) enum Requester {
 }
 
 impl Requester {
+    pub(super) fn client(&self) -> Option<ClientId> {
+        match self {
+            Self::Client(id, _) => Some(*id),
+            Self::Nobody | Self::Application(_) => None,
+        }
+    }
+
     /// Whoever is not told otherwise hears when the trial is over.
     pub(super) fn waits_for(&self, wait: Wait) -> bool {
         match self {
