@@ -54,6 +54,7 @@ fn under_load_nobody_is_refused_and_two_never_run_at_once() {
     let mut cut = 0;
     for generation in 2..=6 {
         load.wait_for_more(50, LONG).unwrap();
+        let _slow = in_flight(&server, 1);
         let result = server.restart(&["--json"]).exits_with(0).last_json();
         assert_eq!((&result["result"], &result["generation"]), (&"restarted".into(), &generation.into()));
         cut += result["cut"].as_u64().unwrap_or(0);
@@ -62,7 +63,7 @@ fn under_load_nobody_is_refused_and_two_never_run_at_once() {
     let tally = load.stop();
     assert_eq!(tally.count(Outcome::Refused), 0, "{tally}");
     assert!(tally.failed() <= cut && tally.backwards() == 0, "{cut} cut\n{tally}");
-    assert!(cut > 0, "sixteen clients have always something open\n{tally}");
+    assert!(cut >= 5, "a slow request was always open\n{tally}");
     assert_eq!(server.serving().listeners[0].cookie, cookie);
     server.assert_only(server.pid());
 }
@@ -139,7 +140,7 @@ fn the_stages_in_their_order() {
 
 #[test]
 fn a_new_build_that_does_not_take_the_listeners_changes_nothing() {
-    let server = locked(&["--ready-timeout", "300ms"]);
+    let server = locked(&[]);
     let old = server.pid();
     let missing = server.home.path("missing");
     let _ = server.get("/");
@@ -155,7 +156,7 @@ fn a_new_build_that_does_not_take_the_listeners_changes_nothing() {
     fails(&["--env", "FIXTURE_FAULT=exit-1"], "exited with status 1 before it was ready");
     fails(&["--env", "FIXTURE_FAULT=exit-1"], "  | cannot open the database");
     fails(&["--env", "FIXTURE_FAULT=killed"], "was killed by SIGKILL");
-    fails(&["--env", "FIXTURE_FAULT=hang"], "was not ready within 300ms");
+    fails(&["--env", "FIXTURE_FAULT=hang", "--ready-timeout", "300ms"], "was not ready within 300ms");
     fails(&["--env", "FIXTURE_FAULT=garbage"], "sent bytes that are no frame");
     // It answers as version 1 of the library did before there were restarts.
     fails(&["--env", "FIXTURE_FAULT=too-much"], "knows nothing of restarts");

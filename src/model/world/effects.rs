@@ -31,6 +31,8 @@ impl World {
             Step::Kill { at } => {
                 self.budget.deaths -= 1;
                 self.loses(at);
+                // With `adopted` on its way the old process lets go, and there is no way back.
+                self.ended |= self.processes[at].life == Life::Waiting;
                 self.die(at);
             }
             Step::Stop { at } => {
