@@ -43,7 +43,8 @@ scratch
 
 # What tells of a connection dropped or reset. The first three are the listener's own and must never move. The others
 # also count what clients do: they hold for the oracle, which closes as one should, and not for wrk and h2load, which
-# leave answers unread when their time is over; those may move them once for each connection of theirs.
+# leave answers unread when their time is over, or close where a server has closed; those may move them once for each
+# connection of theirs, and they come back with new ones after each upgrade.
 of_listeners=(ListenOverflows ListenDrops TCPReqQFullDrop)
 of_connections=(EstabResets OutRsts TCPAbortOnClose TCPAbortOnData TCPAbortOnTimeout)
 
@@ -153,7 +154,7 @@ with_loader() {
     shift
     begin axum
     while_upgrading "$@"
-    finish "$clients" "$what: $requests requests, 0 failed"
+    finish $((clients + 16 * upgrades)) "$what: $requests requests, 0 failed"
 }
 
 for case in "${cases[@]}"; do

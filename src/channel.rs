@@ -180,7 +180,7 @@ impl Channel {
             return Err(Broken::Versions(versions));
         }
         let offer = match Message::decode(header, &body)? {
-            Message::Offer(offer) => offer,
+            Message::Offer(offer) => *offer,
             Message::Aborted { reason } => return Err(Malformed(format!("`aborted`: {reason}")).into()),
             other => return Err(Malformed(format!("`{}` instead of an offer", other.name())).into()),
         };
@@ -292,6 +292,7 @@ mod tests {
             trial_ms: 1,
             build: None,
             program: None,
+            restart: None,
         }
     }
 
@@ -303,7 +304,7 @@ mod tests {
         socket2::SockRef::from(&a).set_send_buffer_size(4096).unwrap();
         let (mut old, mut new) = (Channel::new(a).unwrap(), Channel::new(b).unwrap());
         let fd = Arc::new(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
-        old.send(Message::Offer(offer(count)), vec![fd; count]).unwrap();
+        old.send(Message::Offer(offer(count).into()), vec![fd; count]).unwrap();
         assert!(old.interest().contains(PollFlags::POLLOUT));
         let receiver = std::thread::spawn(move || new.receive_offer(soon()).unwrap().unwrap());
         while old.interest().contains(PollFlags::POLLOUT) {
@@ -317,7 +318,7 @@ mod tests {
 
     #[test]
     fn an_offer_cut_short_is_an_end_and_not_an_error() {
-        let bytes = Message::Offer(offer(3)).encode().unwrap();
+        let bytes = Message::Offer(offer(3).into()).encode().unwrap();
         for length in [0, 5, HEADER_BYTES, bytes.len() - 1, bytes.len()] {
             let (mut a, b) = UnixStream::pair().unwrap();
             a.write_all(&bytes[..length]).unwrap();
@@ -330,7 +331,7 @@ mod tests {
     fn wrong_counts_of_fds_are_refused() {
         for (sent, complaint) in [(2, "2 fds in a message instead of 3"), (4, "4 fds in a message instead of 3")] {
             let (mut a, b) = UnixStream::pair().unwrap();
-            a.write_all(&Message::Offer(offer(3)).encode().unwrap()).unwrap();
+            a.write_all(&Message::Offer(offer(3).into()).encode().unwrap()).unwrap();
             a.send_with_fd(&[FD_BYTE], &vec![a.as_raw_fd(); sent]).unwrap();
             let broken = Channel::new(b).unwrap().receive_offer(soon()).unwrap_err();
             assert!(broken.to_string().contains(complaint), "{broken}");

@@ -1,5 +1,6 @@
 //! What can be asked on the command line. Parsing only validates; one file a verb does it.
 
+mod build;
 mod check;
 mod exec;
 mod exit;
@@ -9,6 +10,7 @@ mod journal;
 mod options_file;
 mod output;
 mod ps;
+mod restart;
 mod scale;
 mod status;
 mod stop;
@@ -41,6 +43,7 @@ use output::Output;
     handover check --pid 4711            will an upgrade work?\n  \
     handover upgrade --pid 4711          start the new build and hand over to it\n  \
     handover status --pid 4711           what serves now, and what came of the last upgrade\n  \
+    handover restart --pid 4711          end it, then start the new build; clients wait\n  \
     handover stop --pid 4711             finish the open connections, then exit\n  \
     handover exec --listen 8080 -- node server.js\n                                       \
     keep a pid and the sockets for any program\n\n\
@@ -62,6 +65,7 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Upgrade(upgrade::Arguments),
+    Restart(restart::Arguments),
     Status(status::Arguments),
     Ps(ps::Arguments),
     Stop(stop::Arguments),
@@ -198,6 +202,10 @@ fn do_verb(arguments: Arguments) -> Exit {
         Verb::Ps(arguments) => {
             let mut output = Output::new(arguments.json);
             (ps::run(&arguments, &mut output), output)
+        }
+        Verb::Restart(arguments) => {
+            let mut output = Output::new(arguments.json);
+            (restart::run(arguments, &mut output), output)
         }
         Verb::Stop(arguments) => {
             let mut output = Output::new(arguments.json);

@@ -7,6 +7,7 @@ mod attempt;
 mod manager;
 mod new_side;
 mod old_side;
+mod restart;
 mod signals;
 
 use std::collections::VecDeque;
@@ -18,7 +19,7 @@ use nix::poll::{PollFd, PollFlags};
 
 use crate::channel::poll_fd;
 use crate::control::UpgradeRequest;
-use crate::control::messages::{AcceptedEvent, Event as Said, LastUpgrade, Outcome, Request, ResultEvent};
+use crate::control::messages::{AcceptedEvent, Event as Said, LastUpgrade, Outcome, Request, ResultEvent, Wait};
 use crate::control::server::{Asked, ClientId, Server};
 use crate::inherit::receive::Handed;
 use crate::inherit::{self, Inherit};
@@ -35,6 +36,7 @@ use attempt::{Attempt, Process, Report, Requester};
 #[cfg(feature = "cli")]
 pub(crate) use attempt::{exit_words, milliseconds_since};
 use new_side::Upstream;
+use restart::Restarted;
 pub(crate) use signals::SignalPipe;
 
 const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
@@ -60,6 +62,8 @@ pub(crate) struct Engine {
     upgrade: Upgrade,
     /// The old process, while it may still speak.
     upstream: Option<Upstream>,
+    /// Somebody waits for this process to serve after a restart.
+    restarted: Option<Restarted>,
     /// The upgrade under way, or the last one while its requester waits for the drain.
     attempt: Option<Attempt>,
     /// New processes that are settled: only their end is of interest, so that no zombie stays.
@@ -88,6 +92,7 @@ struct Timers {
     accepting: Option<Instant>,
     cut_grace: Option<Instant>,
     watchdog: Option<Instant>,
+    restarted: Option<Instant>,
 }
 
 impl Timers {
@@ -101,7 +106,7 @@ impl Timers {
 
     fn next(&self) -> Option<Instant> {
         let of_upgrade = [self.ready, self.trial, self.drain, self.accepting];
-        let others = [self.alive, self.drain_count, self.cut_grace, self.watchdog];
+        let others = [self.alive, self.drain_count, self.cut_grace, self.watchdog, self.restarted];
         of_upgrade.into_iter().chain(others).flatten().min()
     }
 }
@@ -118,6 +123,7 @@ struct Drain {
     upgraded: bool,
     hooks_done: bool,
     cut: Option<usize>,
+    cut_at: Option<Instant>,
     last_count: Option<usize>,
 }
 
@@ -142,17 +148,17 @@ impl Engine {
         server: Option<Server>,
         signals: Option<SignalPipe>,
     ) -> Self {
-        let (upstream, older) = match handed {
-            None => (None, vec![]),
-            Some(handed) => {
-                let older = new_side::watch_older(handed.parts.older);
-                (Some(Upstream::new(handed.channel, handed.parts.stderr)), older)
-            }
-        };
-        Self {
+        let (mut upstream, mut older, mut restart) = (None, vec![], None);
+        if let Some(Handed { channel, parts }) = handed {
+            older = new_side::watch_older(parts.older);
+            upstream = channel.map(|channel| Upstream::new(channel, parts.stderr));
+            restart = parts.restart;
+        }
+        let mut engine = Self {
             inherit: Inherit::new(upstream.is_some()),
             upgrade: Upgrade::new(),
             upstream,
+            restarted: None,
             attempt: None,
             successors: vec![],
             reports: vec![],
@@ -167,7 +173,11 @@ impl Engine {
             pid_file: shared.config.pid_file.as_deref().map(PidFile::new),
             quit: false,
             shared,
+        };
+        if let Some(restart) = restart {
+            engine.continue_restart(restart);
         }
+        engine
     }
 
     pub(crate) fn run(mut self) {
@@ -258,7 +268,10 @@ impl Engine {
         while let Some(command) = self.shared.next_command() {
             match command {
                 Command::Ready => self.on_app_ready(),
-                Command::StillStarting(reason) => self.tell_new_side_with(inherit::Event::AppStillStarting, reason),
+                Command::StillStarting(reason) => {
+                    self.restart_is_still_starting(&reason);
+                    self.tell_new_side_with(inherit::Event::AppStillStarting, reason);
+                }
                 Command::GiveUp(reason) => self.tell_new_side_with(inherit::Event::AppGaveUp, reason),
                 Command::Upgrade(request, reply) => {
                     self.begin(*request, Origin::Push, Requester::Application(reply), None);
@@ -311,6 +324,10 @@ impl Engine {
                 server.send(client, &Said::Accepted(accepted));
                 let wait = request.wait.unwrap_or_default();
                 self.begin(request, Origin::Push, Requester::Client(client, wait), None);
+            }
+            Request::Restart(request) => {
+                server.send(client, &Said::Accepted(accepted));
+                self.begin(request, Origin::Restart, Requester::Client(client, Wait::Drained), None);
             }
             Request::Stop { drain_timeout_ms } => {
                 server.send(client, &Said::Accepted(accepted));
@@ -375,11 +392,24 @@ impl Engine {
     fn busy(&self, refusal: Refusal) -> ResultEvent {
         let pid = std::process::id();
         let message = match refusal {
-            Refusal::UpgradeUnderWay => "another upgrade is under way".to_owned(),
+            Refusal::UpgradeUnderWay => {
+                let attempt = self.attempt.as_ref().and_then(|attempt| Some((attempt.pid?, attempt.begun.elapsed())));
+                let which = attempt.map(|(new, time)| format!(": to process {new}, for {} s", time.as_secs()));
+                let mend = format!("`handover status --pid {pid}` tells how it ends");
+                let message = format!("another upgrade is under way{}", which.unwrap_or_default());
+                return ResultEvent { mend: Some(mend), ..ResultEvent::new(Outcome::Busy, message) };
+            }
             Refusal::Draining => match &self.attempt {
                 Some(attempt) if self.drain.upgraded => {
                     let new = attempt.pid.map(|pid| pid.to_string()).unwrap_or_default();
-                    format!("process {pid} has been replaced by process {new} and is draining: ask that one")
+                    match attempt.origin {
+                        Origin::Restart => {
+                            format!("a restart is under way: process {new} takes over when process {pid} has ended")
+                        }
+                        Origin::Push | Origin::Pull => {
+                            format!("process {pid} has been replaced by process {new} and is draining: ask that one")
+                        }
+                    }
                 }
                 _ => format!("process {pid} was told to stop and is draining"),
             },
@@ -401,13 +431,19 @@ impl Engine {
             self.send_accepting();
         }
         if passed(&mut self.timers.cut_grace, now) {
-            self.tell_old_side(upgrade::Event::Idle);
+            match self.more_time_for_hooks() {
+                Some(left) => self.timers.cut_grace = Some(now + left),
+                None => self.tell_old_side(upgrade::Event::Idle),
+            }
         }
         if passed(&mut self.timers.drain_count, now) {
             self.announce_drain_count();
         }
         if passed(&mut self.timers.watchdog, now) {
             self.ping_watchdog();
+        }
+        if passed(&mut self.timers.restarted, now) {
+            self.restart_takes_too_long();
         }
         if passed(&mut self.timers.alive, now) {
             self.say_alive();
@@ -432,6 +468,7 @@ impl Engine {
         if self.upgrade.in_flight() {
             self.tell_old_side(upgrade::Event::Stop);
         }
+        self.fail_restart("ended before it was ready");
         self.shared.gate.close();
         if self.upgrade.stage() != upgrade::Stage::Drained {
             self.remove_paths();

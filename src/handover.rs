@@ -63,7 +63,8 @@ impl Handover {
     /// Takes what was handed over to this process, or begins as generation 1; installs the signal handlers and opens
     /// the control socket. Call it early, before other threads are started, and once in a process.
     ///
-    /// Nothing is accepted before [`ready`](Self::ready).
+    /// Nothing is accepted before [`ready`](Self::ready). In a restart (`handover restart`) this returns when the old
+    /// process has ended: what two processes must not do at once belongs behind it.
     ///
     /// # Errors
     ///
@@ -72,8 +73,8 @@ impl Handover {
     pub fn start(config: Config) -> Result<Self, Error> {
         let started = Started::of_this_process();
         // Before anything else: from here on a signal is not lost, and does not kill.
-        let signals = SignalPipe::install(&config.signals, &started.ignored)?;
-        let mut handed = receive::from_environment()?;
+        let mut signals = SignalPipe::install(&config.signals, &started.ignored)?;
+        let mut handed = receive::from_environment(signals.as_mut())?;
         if let (None, Some(target)) = (&handed, &config.take_over_from) {
             handed = Some(receive::by_pull(target)?);
         }

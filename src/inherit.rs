@@ -11,6 +11,7 @@
 //! ```
 
 pub(crate) mod receive;
+pub(crate) mod restart;
 pub(crate) mod socket_activation;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -69,6 +69,7 @@ impl Model for Upgrades {
             }),
             Property::sometimes("an upgrade is rolled back in the trial", |_, world: &World| world.seen.rolled_back),
             Property::sometimes("an upgrade fails before commit", |_, world: &World| world.seen.failed),
+            Property::sometimes("a restart goes through", |_, world: &World| world.seen.restarted),
             Property::sometimes("a second trigger is refused", |_, world: &World| world.seen.refused),
         ]);
         if self.budget.deaths > 0 {

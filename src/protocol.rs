@@ -143,6 +143,18 @@ pub struct DrainingGeneration {
     pub generation: u64,
 }
 
+/// The new process is to run when the old one has ended, and not before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct OfferedRestart {
+    /// Then the new process kills the old one.
+    pub(crate) kill_after_ms: u64,
+    /// CLOCK_MONOTONIC when it was asked for: the new process tells its times from there on.
+    pub(crate) asked_us: u64,
+    /// The last fd is the connection of whoever asked.
+    #[serde(default)]
+    pub(crate) asker: bool,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Offer {
     pub(crate) protocol: Versions,
@@ -165,11 +177,14 @@ pub(crate) struct Offer {
     /// The program that upgrades of the new process start, where that is not the one that it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) program: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) restart: Option<OfferedRestart>,
 }
 
 impl Offer {
     pub(crate) fn fd_count(&self) -> usize {
-        self.listeners.len() + usize::from(self.state.is_some()) + usize::from(self.stderr)
+        let asker = self.restart.as_ref().is_some_and(|restart| restart.asker);
+        self.listeners.len() + usize::from(self.state.is_some()) + usize::from(self.stderr) + usize::from(asker)
     }
 }
 
@@ -196,16 +211,32 @@ pub struct Claims {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
-    Offer(Offer),
-    Adopted { protocol: u32, listeners: Vec<AdoptedListener> },
-    Refused { reason: String, protocol: Option<Versions> },
-    Starting { reason: String },
-    GaveUp { reason: String },
+    Offer(Box<Offer>),
+    /// `restart`: it will wait for our end. A build that knows nothing of restarts does not say so.
+    Adopted {
+        protocol: u32,
+        listeners: Vec<AdoptedListener>,
+        restart: bool,
+    },
+    Refused {
+        reason: String,
+        protocol: Option<Versions>,
+    },
+    Starting {
+        reason: String,
+    },
+    GaveUp {
+        reason: String,
+    },
     Ready(Claims),
     Commit,
-    Accepting { listeners: Vec<String> },
+    Accepting {
+        listeners: Vec<String>,
+    },
     Settled,
-    Aborted { reason: String },
+    Aborted {
+        reason: String,
+    },
     Stopping,
 }
 
@@ -214,6 +245,8 @@ pub(crate) enum Message {
 struct AdoptedBody {
     protocol: u32,
     listeners: Vec<AdoptedListener>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    restart: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -336,7 +369,9 @@ impl Message {
         let (kind, fds) = (self.kind(), self.fd_count());
         let body = match self {
             Self::Offer(offer) => serde_json::to_vec(&offer),
-            Self::Adopted { protocol, listeners } => serde_json::to_vec(&AdoptedBody { protocol, listeners }),
+            Self::Adopted { protocol, listeners, restart } => {
+                serde_json::to_vec(&AdoptedBody { protocol, listeners, restart })
+            }
             Self::Refused { reason, protocol } => serde_json::to_vec(&RefusedBody { reason, protocol }),
             Self::Starting { reason } | Self::GaveUp { reason } | Self::Aborted { reason } => {
                 serde_json::to_vec(&ReasonBody { reason })
@@ -365,8 +400,8 @@ impl Message {
         let message = match kind {
             1 => Self::Offer(parse(kind, body)?),
             2 => {
-                let AdoptedBody { protocol, listeners } = parse(kind, body)?;
-                Self::Adopted { protocol, listeners }
+                let AdoptedBody { protocol, listeners, restart } = parse(kind, body)?;
+                Self::Adopted { protocol, listeners, restart }
             }
             3 => {
                 let RefusedBody { reason, protocol } = parse(kind, body)?;

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::config::Config;
 use crate::connections::Connections;
@@ -239,6 +240,12 @@ impl Shared {
         }
         identity
     }
+}
+
+/// What every process of this machine calls the same time.
+pub(crate) fn monotonic_us() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
 pub(crate) fn unix_ms(time: SystemTime) -> u64 {

@@ -13,8 +13,9 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
-use nix::time::{ClockId, clock_gettime};
 use sendfd::SendWithFd;
+
+use crate::shared::monotonic_us;
 
 /// How long systemd may take to read what it was sent. It is usually microseconds.
 const BARRIER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -81,8 +82,7 @@ impl Notifier {
 
     /// An upgrade has begun. MONOTONIC_USEC in the same message is what `Type=notify-reload` asks for.
     pub(crate) fn reloading(&self, status: &str) {
-        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
-        self.send(&["RELOADING=1", &format!("MONOTONIC_USEC={}", now.as_micros()), &status_line(status)]);
+        self.send(&["RELOADING=1", &format!("MONOTONIC_USEC={}", monotonic_us()), &status_line(status)]);
     }
 
     /// This process serves: for the first time, or on, after an upgrade that failed.
@@ -98,9 +98,9 @@ impl Notifier {
         self.send(&["STOPPING=1", &status_line(status)]);
     }
 
-    /// `pid` is the main process from now on; returns when systemd knows.
-    pub(crate) fn hand_over_to(&self, pid: i32, status: &str) {
-        self.send(&["READY=1", &format!("MAINPID={pid}"), &status_line(status)]);
+    /// `pid` is the main process from now on, and `state` is what it is in; returns when systemd knows.
+    pub(crate) fn hand_over_to(&self, pid: i32, state: &[&str], status: &str) {
+        self.send(&[state, &[&format!("MAINPID={pid}"), &status_line(status)]].concat());
         if let Err(error) = self.barrier() {
             log::warn!("the service manager has not confirmed that process {pid} is the main one: {error}");
         }

@@ -8,6 +8,9 @@
 //!     ▲                    │                   │                  │                      │
 //!     └──── failure ───────┴───────────────────┴── gate opened ───┴──── rolled back ─────┘
 //! ```
+//!
+//! A restart ends this process before the new one runs, so it goes from `Starting` by way of the shut gate to `Draining`
+//! as soon as the new process has adopted the listeners; what comes then is the new process's own affair.
 
 pub(crate) mod preflight;
 pub(crate) mod spawn;
@@ -38,6 +41,18 @@ pub(crate) enum Origin {
     Push,
     /// Somebody else started it, and it asked for the handover.
     Pull,
+    /// We spawn it, and it waits for our end before it runs.
+    Restart,
+}
+
+impl Origin {
+    /// What people call what it begins.
+    pub(crate) fn noun(self) -> &'static str {
+        match self {
+            Self::Push | Self::Pull => "upgrade",
+            Self::Restart => "restart",
+        }
+    }
 }
 
 /// Why an upgrade ends without the new process serving. The words for it are the engine's.
@@ -109,6 +124,8 @@ pub(crate) enum Action {
     OpenGate,
     Commit,
     Settle,
+    /// The new process of a restart has the listeners: the service goes on without us.
+    Release,
     /// Tells the new process that the upgrade is off; kills and reaps it if it is ours.
     Abort(Failure),
     /// Kills the new process, whoever started it: it may be accepting.
@@ -120,6 +137,8 @@ pub(crate) enum Action {
     ReportFailed(Failure),
     /// The upgrade failed in the trial.
     ReportRolledBack(Failure),
+    /// The new process of a restart is gone, and there is no way back.
+    ReportLost(Failure),
     /// Tells the application; closes the listeners.
     Drain,
     /// Closes the connections that are left.
@@ -133,11 +152,13 @@ pub(crate) struct Upgrade {
     stage: Stage,
     /// So that the next time is the second.
     told_to_stop: bool,
+    /// The new process waits for our end.
+    restart: bool,
 }
 
 impl Upgrade {
     pub(crate) fn new() -> Self {
-        Self { stage: Stage::Serving, told_to_stop: false }
+        Self { stage: Stage::Serving, told_to_stop: false, restart: false }
     }
 
     pub(crate) fn stage(&self) -> Stage {
@@ -154,14 +175,23 @@ impl Upgrade {
         use Event as E;
         use Stage as S;
         let (next, actions) = match (self.stage, event) {
-            (S::Serving, E::Trigger(Origin::Push)) => (S::Starting, vec![A::Spawn]),
-            (S::Serving, E::Trigger(Origin::Pull)) => (S::Starting, vec![A::Offer, A::Arm(Timer::Ready)]),
+            (S::Serving, E::Trigger(origin)) => {
+                self.restart = origin == Origin::Restart;
+                match origin {
+                    Origin::Push | Origin::Restart => (S::Starting, vec![A::Spawn]),
+                    Origin::Pull => (S::Starting, vec![A::Offer, A::Arm(Timer::Ready)]),
+                }
+            }
             (S::Draining | S::Drained, E::Trigger(_)) => (self.stage, vec![A::Refuse(Refusal::Draining)]),
             (_, E::Trigger(_)) => (self.stage, vec![A::Refuse(Refusal::UpgradeUnderWay)]),
 
             (S::Starting, E::Spawned) => {
                 (S::Starting, vec![A::Announce(Progress::Spawned), A::Offer, A::Arm(Timer::Ready)])
             }
+            (S::Starting, E::Adopted) if self.restart => {
+                (S::Committing, vec![A::Announce(Progress::Adopted), A::Disarm(Timer::Ready), A::ShutGate])
+            }
+            (S::Committing, E::GateShut) if self.restart => (S::Draining, [&[A::Release], &drain()[..]].concat()),
             (S::Starting, E::Adopted) => (S::Adopted, vec![A::Announce(Progress::Adopted)]),
             (S::Adopted, E::StillStarting) => (S::Adopted, vec![A::Announce(Progress::Starting), A::Arm(Timer::Ready)]),
             (S::Adopted, E::Ready) => {
@@ -182,10 +212,12 @@ impl Upgrade {
                 (S::Serving, vec![A::Abort(failure), A::OpenGate, A::ReportFailed(failure)])
             }
             (S::Starting | S::Adopted, E::Stop) => {
+                self.restart = false;
                 let failed = give_up(Failure::Stopped);
                 (S::Draining, [&failed[..], &[A::ShutGate], &drain()].concat())
             }
             (S::Committing, E::Stop) => {
+                self.restart = false;
                 let failed = [A::Abort(Failure::Stopped), A::ReportFailed(Failure::Stopped)];
                 (S::Draining, [&failed[..], &drain()].concat())
             }
@@ -195,6 +227,10 @@ impl Upgrade {
                 (S::Serving, back.to_vec())
             }
 
+            (S::Draining | S::Drained, E::Failed(failure)) if self.restart => {
+                self.restart = false;
+                (self.stage, vec![A::ReportLost(failure)])
+            }
             (S::Serving, E::Stop) => (S::Draining, [&[A::ShutGate], &drain()[..]].concat()),
             // `systemctl stop` tells every process of the unit: one that drains after an upgrade is to finish, too.
             (S::Draining, E::Stop) if !self.told_to_stop => (S::Draining, vec![]),
@@ -206,6 +242,7 @@ impl Upgrade {
             (stage, _) => (stage, vec![]),
         };
         self.stage = next;
+        self.restart &= next != Stage::Serving;
         self.told_to_stop |= event == E::Stop;
         actions
     }

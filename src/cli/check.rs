@@ -19,7 +19,7 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::output::Output;
-use super::{Which, status, upgrade};
+use super::{Which, build, status};
 use process::Process;
 use unit::Unit;
 
@@ -152,7 +152,7 @@ fn find_process(
 
 fn check_binary(arguments: &Arguments, process: Option<&Process>, unit: Option<&Unit>) -> Result<Findings, Failure> {
     let mut findings = Findings::about("binary");
-    let asked = arguments.exe.as_deref().map(upgrade::seen_from_here).transpose()?;
+    let asked = arguments.exe.as_deref().map(build::seen_from_here).transpose()?;
     let of_process = || process.and_then(Process::program);
     let of_unit = || unit.and_then(Unit::program);
     if let Some(program) = asked.or_else(of_process).or_else(of_unit) {

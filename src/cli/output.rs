@@ -4,17 +4,20 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use handover::control::{Answer, ResultEvent, StageEvent, StageName};
+use handover::control::{Answer, Outcome, ResultEvent, StageEvent, StageName};
 use serde::Serialize;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
 use super::journal::error_prefix;
 
+/// Of a line of the new build, so that the reason above it stays in sight; `--json` has all that was kept.
+const LINE_CHARS_MAX: usize = 200;
+
 pub(crate) struct Output {
     json: bool,
     terminal: bool,
-    /// On a terminal the count of a drain is written over itself.
+    /// On a terminal the count of a drain, and why a build still starts, are written over themselves.
     open_line: bool,
     /// Connections are being finished.
     drains: bool,
@@ -43,6 +46,8 @@ impl Output {
 
     fn over_line(&mut self, text: &str) {
         let mut stdout = io::stdout().lock();
+        // One that goes on in the next line could not be written over.
+        let text = shortened(text, width(&stdout).map_or(usize::MAX, |width| width.saturating_sub(1)));
         let _ = write!(stdout, "\r\x1b[K{text}");
         let _ = stdout.flush();
         self.open_line = true;
@@ -80,7 +85,8 @@ impl Output {
         let text = stage_line(&stage.stage.to_string(), stage.at_ms, &details(stage));
         let drains = stage.stage == StageName::Draining;
         self.drains |= drains;
-        match drains && self.terminal && stage.connections != Some(0) {
+        let changes = stage.stage == StageName::Starting || drains && stage.connections != Some(0);
+        match changes && self.terminal {
             true => self.over_line(&text),
             false => self.line(&text),
         }
@@ -101,7 +107,8 @@ impl Output {
             return exit;
         }
         if exit == Exit::Done {
-            if let Some(at) = result.at_ms.filter(|_| self.drains) {
+            // A restart has told its own.
+            if let Some(at) = result.at_ms.filter(|_| self.drains && result.result != Outcome::Restarted) {
                 self.line(&stage_line("drained", at, ""));
             }
             self.line(&result.message);
@@ -112,7 +119,7 @@ impl Output {
         if !result.stderr.is_empty() {
             lines.push("the last lines that the new build wrote to stderr:".to_owned());
         }
-        lines.extend(result.stderr.iter().map(|line| format!("  | {line}")));
+        lines.extend(result.stderr.iter().map(|line| format!("  | {}", shortened(line, LINE_CHARS_MAX))));
         self.complain(&lines);
         exit
     }
@@ -146,6 +153,14 @@ fn stage_line(name: &str, at_ms: f64, details: &str) -> String {
     format!("  {name:<10}{:>10}{details}", time(at_ms)).trim_end().to_owned()
 }
 
+/// With a mark where something was cut off.
+fn shortened(text: &str, chars: usize) -> String {
+    match text.char_indices().nth(chars) {
+        Some(_) => text.chars().take(chars.saturating_sub(1)).chain(['…']).collect(),
+        None => text.to_owned(),
+    }
+}
+
 /// Of the terminal that this is; whoever reads from elsewhere gets whole lines.
 pub(super) fn width(stream: &impl AsFd) -> Option<usize> {
     terminal_size::terminal_size_of(stream).map(|(width, _)| usize::from(width.0))
@@ -175,10 +190,12 @@ fn details(stage: &StageEvent) -> String {
     let mut parts = Vec::new();
     parts.extend(stage.pid.map(|pid| format!("pid {pid}")));
     parts.extend(stage.reason.clone());
-    parts.extend(stage.connections.map(|count| match count {
-        1 => "1 connection open".to_owned(),
-        _ => format!("{count} connections open"),
-    }));
+    let connections = |count: usize, what: &str| match count {
+        1 => format!("1 connection {what}"),
+        _ => format!("{count} connections {what}"),
+    };
+    parts.extend(stage.connections.map(|count| connections(count, "open")));
+    parts.extend(stage.cut.filter(|cut| *cut > 0).map(|cut| connections(cut, "closed")));
     if let Some(claims) = &stage.claims {
         let named = [("keeps", &claims.kept), ("adds", &claims.added), ("does not want", &claims.unclaimed)];
         parts.extend(
@@ -239,6 +256,12 @@ mod tests {
         let path = format!("at `{}`: no", "x".repeat(60));
         assert_eq!(wrapped(&path, Some(40), 2), format!("at\n  `{}`:\n  no", "x".repeat(60)));
         assert_eq!(wrapped("", Some(40), 2), "");
+    }
+
+    #[test]
+    fn what_is_cut_off_is_marked() {
+        assert_eq!((shortened("äbc", 3), shortened("äbcd", 3)), ("äbc".to_owned(), "äb…".to_owned()));
+        assert_eq!(shortened("abc", usize::MAX), "abc");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The asking side of the control socket.
 
+mod restart;
+
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -22,6 +24,8 @@ use crate::sys;
 
 /// A process that says nothing for this long, not even that it is alive, is stopped or hangs.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// How long a process whose connections are closed may take until it is gone.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long an old process that has drained may take to exit.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -47,6 +51,8 @@ pub struct Client {
     /// It stays when what it runs is replaced.
     supervises: bool,
     patience: Duration,
+    /// How long both processes of a restart may be silent, once the new one has the listeners.
+    patience_once_adopted: Option<Duration>,
 }
 
 /// What a process says while an upgrade or a stop is under way.
@@ -101,6 +107,7 @@ impl Client {
             accepted: false,
             supervises: false,
             patience: SILENCE_MAX,
+            patience_once_adopted: None,
         })
     }
 
@@ -110,10 +117,15 @@ impl Client {
     ///
     /// That of `setsockopt(2)`; a time of zero is not allowed.
     pub fn patience(mut self, longest: Duration) -> Result<Self, Error> {
-        let set = self.stream.get_ref().set_read_timeout(Some(longest));
+        let set = self.set_patience(longest);
         set.map_err(|error| Error::io(format!("ask {}", self.target), error).with_kind(ErrorKind::Invalid))?;
-        self.patience = longest;
         Ok(self)
+    }
+
+    fn set_patience(&mut self, longest: Duration) -> io::Result<()> {
+        self.stream.get_ref().set_read_timeout(Some(longest))?;
+        self.patience = longest;
+        Ok(())
     }
 
     /// The process that answers, as this process sees it.
@@ -163,7 +175,10 @@ impl Client {
         };
         let result = match self.follow(&mut note)? {
             Some(result) => result,
-            None => return self.after_its_death(new_pid, drains),
+            None => {
+                self.must_have_died()?;
+                return self.after_its_death("upgrade", new_pid, drains);
+            }
         };
         let waits = request.wait == Some(Wait::Drained) && !self.supervises;
         if waits && matches!(result.result, Outcome::Upgraded | Outcome::Cut) {
@@ -187,7 +202,10 @@ impl Client {
         let result = match self.follow(&mut on_answer)? {
             Some(result) => result,
             // It was to end, and it has ended.
-            None => ResultEvent::new(Outcome::Stopped, format!("process {} ended before it said how", self.pid)),
+            None => {
+                self.must_have_died()?;
+                ResultEvent::new(Outcome::Stopped, format!("process {} ended before it said how", self.pid))
+            }
         };
         if matches!(result.result, Outcome::Stopped | Outcome::Cut) {
             self.wait_for_exit();
@@ -218,6 +236,10 @@ impl Client {
                 Some(Event::Stage(mut stage)) => {
                     // All of their fields are optional, so serde finds claims in any stage.
                     stage.claims = stage.claims.filter(|_| stage.stage == StageName::Ready);
+                    if let Some(longest) = self.patience_once_adopted.filter(|_| stage.stage == StageName::Adopted) {
+                        let set = self.set_patience(longest);
+                        set.map_err(|error| Error::io(format!("hear {}", self.target), error))?;
+                    }
                     on_answer(&Answer::Stage(stage));
                 }
                 Some(Event::Alive) => {}
@@ -228,12 +250,24 @@ impl Client {
         }
     }
 
+    /// A process that lives closes the connection to a client that does not read.
+    fn must_have_died(&self) -> Result<(), Error> {
+        let deadline = Some(Instant::now() + DEATH_TIMEOUT);
+        let ended = |process: &OwnedFd| crate::poll::wait(process.as_fd(), PollFlags::POLLIN, deadline).unwrap_or(true);
+        match self.process.as_ref().is_none_or(ended) {
+            true => Ok(()),
+            false => Err(self
+                .failed("hear", "it has closed the connection, and lives")
+                .mend("what came of it is not known: `handover status` tells")),
+        }
+    }
+
     /// The old process ended without a last word. The truth is with the new one, if there is one: it takes over as soon
     /// as it is ready.
-    fn after_its_death(&self, new_pid: Option<i32>, drains: bool) -> Result<ResultEvent, Error> {
+    fn after_its_death(&self, verb: &str, new_pid: Option<i32>, drains: bool) -> Result<ResultEvent, Error> {
         let old = self.pid;
         let nothing = |cause: String| {
-            let error = Error::new(ErrorKind::NothingServes, format!("upgrade {}", self.target), cause);
+            let error = Error::new(ErrorKind::NothingServes, format!("{verb} {}", self.target), cause);
             Err(error.mend("start the service again"))
         };
         if self.supervises {
@@ -247,7 +281,8 @@ impl Client {
             let status = Client::connect(&Target::Pid(new)).and_then(Client::status);
             match status {
                 Ok(status) if matches!(status.state, State::Serving | State::Upgrading) => {
-                    let how = if drains { "while it drained" } else { "in the middle of the upgrade" };
+                    let how =
+                        if drains { "while it drained".to_owned() } else { format!("in the middle of the {verb}") };
                     let message = format!("process {old} died {how}; process {new} has taken over");
                     let (pid, generation) = (Some(new), Some(status.generation));
                     return Ok(ResultEvent { pid, generation, ..ResultEvent::new(Outcome::Upgraded, message) });
@@ -325,9 +360,14 @@ impl Client {
         event.map(Some).map_err(|error| self.failed("understand", &format!("it answered {error}")))
     }
 
+    /// As `/proc/PID/stat` has it: `T` by a signal, `t` by a debugger.
+    fn state(&self) -> Option<char> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
+        stat.rsplit_once(") ")?.1.chars().next()
+    }
+
     fn silent(&self) -> Error {
-        let state = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        let stopped = state.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']));
+        let stopped = matches!(self.state(), Some('T' | 't'));
         let cause = format!("it has said nothing for {} s", self.patience.as_secs());
         match (stopped, self.accepted) {
             (true, true) => self

@@ -15,6 +15,7 @@ use crate::protocol::{Claims, DrainingGeneration, Kind, lossy};
 pub(crate) enum Request {
     Status,
     Upgrade(UpgradeRequest),
+    Restart(UpgradeRequest),
     Stop {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         drain_timeout_ms: Option<u64>,
@@ -25,6 +26,9 @@ pub(crate) enum Request {
         workers: usize,
     },
 }
+
+/// What the application of an old process has for its own clean-up, once its connections are closed.
+const KILL_AFTER: Duration = Duration::from_secs(10);
 
 /// How long an asker wants to be told about an upgrade.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -40,7 +44,7 @@ pub enum Wait {
     Drained,
 }
 
-/// What may differ in one upgrade from what the process was configured with. `default()` changes nothing.
+/// What may differ in one upgrade, or restart, from what the process was configured with. `default()` changes nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct UpgradeRequest {
@@ -59,7 +63,7 @@ pub struct UpgradeRequest {
     /// Its working directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cwd: Option<PathBuf>,
-    /// When the last answer comes.
+    /// When the last answer comes; of a restart when the new process is ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wait: Option<Wait>,
     /// How long the new process may be silent before it is ready, in milliseconds.
@@ -68,9 +72,14 @@ pub struct UpgradeRequest {
     /// How long after commit the death of the new process makes the old one accept again, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trial_ms: Option<u64>,
-    /// How long open connections may take to finish, in milliseconds; 0 for ever.
+    /// How long open connections may take to finish, in milliseconds; 0 for ever. In a restart they are closed at once
+    /// unless this is given and above 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drain_timeout_ms: Option<u64>,
+    /// How long after that the old process of a restart may take to exit before it is killed, in milliseconds: 10,000 if
+    /// it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kill_after_ms: Option<u64>,
 }
 
 impl UpgradeRequest {
@@ -84,6 +93,15 @@ impl UpgradeRequest {
 
     pub(crate) fn drain_timeout(&self) -> Option<Duration> {
         self.drain_timeout_ms.map(Duration::from_millis)
+    }
+
+    /// What a restart gives open connections to finish.
+    pub(crate) fn drain_before_restart(&self) -> Duration {
+        self.drain_timeout().unwrap_or_default()
+    }
+
+    pub(crate) fn kill_after(&self) -> Duration {
+        self.kill_after_ms.map_or(KILL_AFTER, Duration::from_millis)
     }
 
     pub(crate) fn arguments(&self) -> Option<Vec<OsString>> {
@@ -133,6 +151,10 @@ pub enum StageName {
     Healthy,
     /// Open connections are being finished.
     Draining,
+    /// Of a restart: no connection of the old process is open any more.
+    Drained,
+    /// Of a restart: the old process has ended.
+    Gone,
 }
 
 impl std::fmt::Display for StageName {
@@ -145,6 +167,8 @@ impl std::fmt::Display for StageName {
             Self::Committed => "committed",
             Self::Healthy => "healthy",
             Self::Draining => "draining",
+            Self::Drained => "drained",
+            Self::Gone => "gone",
         })
     }
 }
@@ -160,7 +184,7 @@ pub struct StageEvent {
     /// The new process (`spawned`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
-    /// Why it takes longer (`starting`).
+    /// Why it takes longer (`starting`); how the old process had to be ended (`gone`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// What became of the listeners (`ready`).
@@ -169,6 +193,15 @@ pub struct StageEvent {
     /// Connections still open (`draining`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connections: Option<usize>,
+    /// Connections that were closed before they had ended (`drained`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut: Option<usize>,
+}
+
+impl StageEvent {
+    pub(crate) fn new(stage: StageName, at_ms: f64) -> Self {
+        Self { stage, at_ms, pid: None, reason: None, claims: None, connections: None, cut: None }
+    }
 }
 
 /// How a request ended.
@@ -180,6 +213,8 @@ pub enum Outcome {
     Upgraded,
     /// Drained after a stop.
     Stopped,
+    /// The old process has ended, and the new one serves.
+    Restarted,
     /// A supervisor runs as many workers as it was told.
     Scaled,
     /// As one of those above, but connections were still open at the drain deadline and were closed.
@@ -188,7 +223,8 @@ pub enum Outcome {
     Failed,
     /// The new process failed in the trial; the old one accepts again.
     RolledBack,
-    /// Not upgraded, because the process was told to stop meanwhile; it drains.
+    /// Nothing serves, or will soon: the process was told to stop meanwhile and drains; or the new process of a restart
+    /// does not become ready.
     Ended,
     /// Another upgrade is under way, too many generations drain, or the process itself is draining.
     Busy,
@@ -227,7 +263,7 @@ pub struct ResultEvent {
     /// The last lines that the new process wrote to stderr.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stderr: Vec<String>,
-    /// Connections that were closed at the drain deadline.
+    /// Connections that were closed before they had ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut: Option<usize>,
 }
@@ -443,12 +479,8 @@ mod tests {
     #[test]
     fn answers_are_written_as_the_page_says() {
         let event = Event::Stage(StageEvent {
-            stage: StageName::Ready,
-            at_ms: 0.5,
-            pid: None,
-            reason: None,
             claims: Some(Claims { kept: vec!["http".into()], ..Claims::default() }),
-            connections: None,
+            ..StageEvent::new(StageName::Ready, 0.5)
         });
         let text = serde_json::to_string(&event).unwrap();
         let wanted = r#"{"event":"stage","stage":"ready","at_ms":0.5,"kept":["http"],"added":[],"unclaimed":[]}"#;

@@ -146,19 +146,7 @@ impl Server {
             if stream.set_nonblocking(true).is_err() {
                 continue;
             }
-            self.make_room();
-            let id = self.next_id;
-            self.next_id += 1;
-            let client = Client {
-                stream,
-                pid: Pid::from_raw(peer.pid()),
-                incoming: Vec::new(),
-                outgoing: Vec::new(),
-                deadline: Some(Instant::now() + REQUEST_TIMEOUT),
-                asked: false,
-                done: false,
-            };
-            self.clients.insert(id, client);
+            let id = self.admit(stream, Pid::from_raw(peer.pid()));
             if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
                 log::warn!("control socket: uid {} (pid {}) may not ask", peer.uid(), peer.pid());
                 let message =
@@ -166,6 +154,23 @@ impl Server {
                 self.finish(id, &Event::Result(ResultEvent::new(Outcome::NotPermitted, message)));
             }
         }
+    }
+
+    fn admit(&mut self, stream: UnixStream, pid: Pid) -> ClientId {
+        self.make_room();
+        let id = self.next_id;
+        self.next_id += 1;
+        let client = Client {
+            stream,
+            pid,
+            incoming: Vec::new(),
+            outgoing: Vec::new(),
+            deadline: Some(Instant::now() + REQUEST_TIMEOUT),
+            asked: false,
+            done: false,
+        };
+        self.clients.insert(id, client);
+        id
     }
 
     /// Who has asked nothing yet goes first, the oldest of them.
@@ -285,6 +290,22 @@ impl Server {
 
     pub(crate) fn is_connected(&self, id: ClientId) -> bool {
         self.clients.contains_key(&id)
+    }
+
+    /// The connection of a client, for a process that goes on talking to it.
+    pub(crate) fn share(&self, id: ClientId) -> Option<OwnedFd> {
+        self.clients.get(&id).and_then(|client| client.stream.as_fd().try_clone_to_owned().ok())
+    }
+
+    /// Goes on talking to a client that has asked another process.
+    pub(crate) fn adopt(&mut self, connection: OwnedFd) -> Option<ClientId> {
+        let stream = UnixStream::from(connection);
+        let peer = getsockopt(&stream, PeerCredentials).ok()?;
+        stream.set_nonblocking(true).ok()?;
+        let id = self.admit(stream, Pid::from_raw(peer.pid()));
+        let client = self.clients.get_mut(&id)?;
+        (client.asked, client.deadline) = (true, None);
+        Some(id)
     }
 
     /// Gives the connection up to become a channel, after `event` is said on it.

@@ -7,6 +7,9 @@ pub(crate) fn advice(failure: Failure, cause: &str, exit: Option<&str>, silent: 
     match failure {
         // What it says has its mend in it.
         Failure::NotSpawned | Failure::Stopped | Failure::GaveUp => None,
+        Failure::Silent if cause.contains("Handover::start") => {
+            Some("does it use the library? Then let it call that first; --ready-timeout gives it longer")
+        }
         Failure::Silent => Some("--ready-timeout gives it longer; so does `still_starting` in the program"),
         Failure::Refused if cause.contains("protocol versions") => {
             Some("upgrade by way of a build that speaks both versions")
@@ -46,6 +49,8 @@ mod tests {
         let of = |exit, silent| advice(Failure::Exited, "", Some(exit), silent).unwrap_or("");
         assert!(of("exited with status 0", true).contains("foreground"));
         assert!(of("was killed by SIGKILL", true).contains("dmesg"));
+        let silent = advice(Failure::Silent, "has not even called `Handover::start`", None, true);
+        assert!(silent.is_some_and(|advice| advice.contains("does it use the library?")));
         assert!(of("was killed by SIGHUP", true).contains("by its pid"));
         assert!(of("was killed by SIGSEGV and dumped core", true).contains("handover check"));
         assert!(of("exited with status 1", true).contains("wrote nothing"));

@@ -1,7 +1,7 @@
 //! Telling whoever asked: stages, results, status.
 
 use std::os::fd::AsFd;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::unistd::Pid;
 
@@ -20,6 +20,9 @@ use crate::sock_diag::unix_accept_backlog;
 use crate::sys;
 use crate::upgrade::{Progress, Stage};
 
+/// How often a reason why it is still starting is passed on; the last one is in any case, with `ALIVE_INTERVAL`.
+const STARTING_INTERVAL: Duration = Duration::from_millis(100);
+
 impl Engine {
     pub(super) fn announce_stage(&mut self, progress: Progress) {
         let stage = match progress {
@@ -31,16 +34,22 @@ impl Engine {
             Progress::Healthy => StageName::Healthy,
             Progress::Draining => return self.announce_drain(),
         };
-        let Some(attempt) = &self.attempt else { return };
-        let mut event =
-            StageEvent { stage, at_ms: attempt.elapsed_ms(), pid: None, reason: None, claims: None, connections: None };
+        let Some(attempt) = &mut self.attempt else { return };
+        if stage == StageName::Starting {
+            attempt.starting_untold = attempt.starting_told.is_some_and(|told| told.elapsed() < STARTING_INTERVAL);
+            if attempt.starting_untold {
+                return;
+            }
+            attempt.starting_told = Some(Instant::now());
+        }
+        let mut event = StageEvent::new(stage, attempt.elapsed_ms());
         match stage {
             StageName::Spawned => event.pid = attempt.pid,
             StageName::Starting => event.reason.clone_from(&attempt.starting),
             StageName::Ready => event.claims = Some(attempt.claims.clone()),
             _ => {}
         }
-        log::info!("upgrade: {stage} after {:.1} ms", event.at_ms);
+        log::info!("{}: {stage} after {:.1} ms", attempt.origin.noun(), event.at_ms);
         if let (Requester::Client(id, _), Some(server)) = (&attempt.requester, &mut self.server) {
             server.send(*id, &Said::Stage(event));
         }
@@ -73,12 +82,8 @@ impl Engine {
         let Some(server) = &mut self.server else { return };
         for (id, begun) in waiting {
             let event = StageEvent {
-                stage: StageName::Draining,
-                at_ms: milliseconds_since(begun),
-                pid: None,
-                reason: None,
-                claims: None,
                 connections: Some(connections),
+                ..StageEvent::new(StageName::Draining, milliseconds_since(begun))
             };
             server.send(id, &Said::Stage(event));
         }
@@ -99,9 +104,8 @@ impl Engine {
     /// So that whoever waits can tell a long start from a stopped process.
     pub(super) fn say_alive(&mut self) {
         let mut waiting: Vec<u64> = self.stop_clients.iter().map(|(id, _)| *id).collect();
-        if let Some(Requester::Client(id, _)) = self.attempt.as_ref().map(|attempt| &attempt.requester) {
-            waiting.push(*id);
-        }
+        waiting.extend(self.attempt.as_ref().and_then(|attempt| attempt.requester.client()));
+        waiting.extend(self.asker_of_restart());
         let Some(server) = &mut self.server else { return };
         waiting.retain(|id| server.is_connected(*id));
         if waiting.is_empty() {
@@ -111,6 +115,9 @@ impl Engine {
             server.send(id, &Said::Alive);
         }
         self.schedule_alive();
+        if self.upgrade.stage() == Stage::Adopted && self.attempt.as_ref().is_some_and(|one| one.starting_untold) {
+            self.announce_stage(Progress::Starting);
+        }
     }
 
     pub(super) fn answer(&mut self, requester: Requester, result: ResultEvent) {
@@ -156,8 +163,11 @@ impl Engine {
                 ..result
             },
         };
-        let for_upgrade = closed(self.upgraded());
-        self.answer_if_waiting_with(for_upgrade);
+        // The new process of a restart answers for itself.
+        if !self.is_restarting() {
+            let for_upgrade = closed(self.upgraded());
+            self.answer_if_waiting_with(for_upgrade);
+        }
         for (id, begun) in std::mem::take(&mut self.stop_clients) {
             let message = match self.drain.upgraded {
                 true => format!("process {} drained", std::process::id()),
@@ -225,7 +235,7 @@ impl Engine {
     }
 
     /// A process that was killed could not do it itself.
-    fn clean_up_after(&self, pid: Pid) {
+    pub(super) fn clean_up_after(&self, pid: Pid) {
         if let Some(server) = &self.server {
             server.remove_stale(pid);
         }

@@ -28,6 +28,13 @@ pub(super) enum Requester {
 }
 
 impl Requester {
+    pub(super) fn client(&self) -> Option<ClientId> {
+        match self {
+            Self::Client(id, _) => Some(*id),
+            Self::Nobody | Self::Application(_) => None,
+        }
+    }
+
     /// Whoever is not told otherwise hears when the trial is over.
     pub(super) fn waits_for(&self, wait: Wait) -> bool {
         match self {
@@ -50,8 +57,12 @@ pub(super) struct Attempt {
     pub(super) stderr: Option<StderrTail>,
     pub(super) offered: Vec<AdoptedListener>,
     pub(super) claims: Claims,
+    pub(super) adopted: bool,
     /// Why it says that it is still starting.
     pub(super) starting: Option<String>,
+    /// When that was last passed on, and whether it has said something else since.
+    pub(super) starting_told: Option<Instant>,
+    pub(super) starting_untold: bool,
     /// Listeners on which the new application waits, once it has answered the commit.
     pub(super) accepting: Option<Vec<String>>,
     pub(super) committed: Option<Instant>,
@@ -72,7 +83,10 @@ impl Attempt {
             stderr: None,
             offered: vec![],
             claims: Claims::default(),
+            adopted: false,
             starting: None,
+            starting_told: None,
+            starting_untold: false,
             accepting: None,
             committed: None,
             cause: None,

@@ -34,13 +34,17 @@ impl Engine {
 
     pub(super) fn tell_manager_of_upgrade(&self) {
         if let Some(notifier) = &self.notifier {
-            notifier.reloading(&format!("upgrading to generation {}", self.shared.generation + 1));
+            let next = self.shared.generation + 1;
+            notifier.reloading(&match self.is_restarting() {
+                true => format!("restarting as generation {next}"),
+                false => format!("upgrading to generation {next}"),
+            });
         }
     }
 
-    pub(super) fn tell_manager_of_failure(&self, what: &str) {
+    pub(super) fn tell_manager_of_failure(&self, origin: Origin, what: &str) {
         if let Some(notifier) = &self.notifier {
-            notifier.ready(&format!("{}; the last upgrade failed: {what}", self.serving_status()));
+            notifier.ready(&format!("{}; the last {} failed: {what}", self.serving_status(), origin.noun()));
         }
     }
 
@@ -51,18 +55,24 @@ impl Engine {
             self.tell_manager_of_upgrade();
         } else if self.upgrade.stage() == Stage::Serving && self.inherit.owns() {
             self.tell_manager_of_upgrade();
-            self.tell_manager_of_failure(what);
+            self.tell_manager_of_failure(Origin::Push, what);
         }
     }
 
     /// While this process is still the main one, and before the new one says anything itself. One that pulled was started
     /// by another unit.
     pub(super) fn tell_manager_of_successor(&mut self) {
-        let pid = self.attempt.as_ref().filter(|attempt| attempt.origin == Origin::Push).and_then(Attempt::pid);
+        let pid = self.attempt.as_ref().filter(|attempt| attempt.origin != Origin::Pull).and_then(Attempt::pid);
         if let (Some(notifier), Some(pid)) = (&self.notifier, pid) {
             let generation = self.shared.generation;
-            notifier
-                .hand_over_to(pid, &format!("generation {} serves, generation {generation} drains", generation + 1));
+            match self.is_restarting() {
+                // It says itself when it serves.
+                true => notifier.hand_over_to(pid, &[], &format!("generation {} starts", generation + 1)),
+                false => {
+                    let status = format!("generation {} serves, generation {generation} drains", generation + 1);
+                    notifier.hand_over_to(pid, &["READY=1"], &status);
+                }
+            }
             // Nothing that this process says is believed from now on.
             self.notifier = None;
         }

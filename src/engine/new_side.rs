@@ -72,7 +72,12 @@ impl Engine {
                 Action::SendStopping => self.send_upstream(Message::Stopping),
                 Action::OpenGate => self.open_as_new(),
                 Action::ShutGate => self.shared.gate.shut(),
-                Action::Refuse => self.refuse(&reason),
+                Action::Refuse => {
+                    // The old process says it, too, where the upgrade was asked for.
+                    let level = if event == Event::Aborted { log::Level::Info } else { log::Level::Error };
+                    log::log!(level, "generation {} will not serve: {reason}", self.shared.generation);
+                    self.refuse(&reason);
+                }
                 Action::Own => {
                     log::info!("generation {} owns the listeners", self.shared.generation);
                     self.tell_manager_of_ownership();
@@ -82,7 +87,7 @@ impl Engine {
     }
 
     fn refuse(&mut self, reason: &str) {
-        log::error!("generation {} will not serve: {reason}", self.shared.generation);
+        self.fail_restart(&format!("gave up: {reason}"));
         if let Some(pid_file) = &self.pid_file {
             pid_file.discard();
         }
@@ -106,6 +111,7 @@ impl Engine {
         if let Some(pid_file) = &self.pid_file {
             pid_file.put_in_place();
         }
+        let claims = self.shared.listeners().claims();
         {
             let mut listeners = self.shared.listeners();
             listeners.apply_pending();
@@ -116,11 +122,17 @@ impl Engine {
             let generation = self.shared.generation;
             log::info!("generation {generation} accepts, {took:.1} ms after the handover");
             let message = format!("upgraded to generation {generation} (pid {})", std::process::id());
-            let at_unix_ms = unix_ms(SystemTime::now());
-            self.last_upgrade = Some(LastUpgrade { result: Outcome::Upgraded, message, at_unix_ms });
+            self.remember(Outcome::Upgraded, message);
             self.send_accepting();
         }
+        if let Some(message) = self.finish_restart(claims) {
+            self.remember(Outcome::Restarted, message);
+        }
         self.shared.phase.update(|phase| phase.ownership = Ownership::Owner);
+    }
+
+    fn remember(&mut self, result: Outcome, message: String) {
+        self.last_upgrade = Some(LastUpgrade { result, message, at_unix_ms: unix_ms(SystemTime::now()) });
     }
 
     /// Until now fd 2 was a pipe to the old process.

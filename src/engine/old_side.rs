@@ -51,6 +51,9 @@ impl Engine {
             }
             return self.answer(requester, refusal);
         }
+        if let Some(refusal) = self.refuse_restart().filter(|_| origin == Origin::Restart) {
+            return self.answer(requester, refusal);
+        }
         let mut attempt = Attempt::new(request, origin, requester);
         if let Some((stream, pid)) = pulled {
             log::info!("process {pid} asks for the handover");
@@ -95,6 +98,7 @@ impl Engine {
                 }
             }
             Action::Settle => self.settle(),
+            Action::Release => self.drain.upgraded = true,
             Action::Abort(failure) => self.abort(failure),
             Action::Kill(failure) => self.kill(failure),
             Action::Arm(timer) => *self.timers.place(timer) = self.duration(timer).map(|time| Instant::now() + time),
@@ -102,6 +106,7 @@ impl Engine {
             Action::Announce(progress) => self.announce(progress),
             Action::ReportFailed(failure) => self.report(Outcome::Failed, failure),
             Action::ReportRolledBack(failure) => self.report(Outcome::RolledBack, failure),
+            Action::ReportLost(failure) => self.report_lost(failure),
             Action::Drain => self.begin_drain(),
             Action::Cut => self.cut(),
             Action::Finish => self.finish(),
@@ -115,6 +120,9 @@ impl Engine {
         match timer {
             Timer::Ready => Some(asked(UpgradeRequest::ready_timeout).unwrap_or(config.ready_timeout)),
             Timer::Trial => Some(asked(UpgradeRequest::trial).unwrap_or(config.trial)),
+            Timer::Drain if self.is_restarting() && self.drain.timeout.is_none() => {
+                Some(request.map(UpgradeRequest::drain_before_restart).unwrap_or_default())
+            }
             Timer::Drain => {
                 let of_upgrade = if self.drain.upgraded { asked(UpgradeRequest::drain_timeout) } else { None };
                 let timeout = self.drain.timeout.or(of_upgrade).unwrap_or(config.drain_timeout);
@@ -163,7 +171,9 @@ impl Engine {
 
     /// The listeners as they are now, and the application's state.
     fn offer(&mut self) -> Result<(), String> {
-        let state = self.shared.take_state_of_application()?;
+        let restart = self.offered_restart();
+        // A restart is a fresh start.
+        let state = if restart.is_none() { self.shared.take_state_of_application()? } else { None };
         let shared = &self.shared;
         let Some(attempt) = &mut self.attempt else { return Ok(()) };
         let Some(channel) = &mut attempt.channel else { return Err("cannot be talked to".to_owned()) };
@@ -183,6 +193,8 @@ impl Engine {
             let ours = io::stderr().as_fd().try_clone_to_owned();
             fds.push(Arc::new(ours.map_err(|error| format!("cannot get our stderr: {error}"))?));
         }
+        let (restart, asker) = restart.unzip();
+        fds.extend(asker.flatten().map(Arc::new));
         let (ready_timeout, trial) = (shared.config.ready_timeout, shared.config.trial);
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let offer = Offer {
@@ -197,8 +209,9 @@ impl Engine {
             trial_ms: milliseconds(attempt.request.trial().unwrap_or(trial)),
             build: Some(shared.build_identity()).filter(|build| is_unicode(&build.path)),
             program: Some(shared.started.lasting_program()).filter(|path| attempt.request.previous && is_unicode(path)),
+            restart,
         };
-        channel.send(Message::Offer(offer), fds).map_err(|broken| broken.to_string())
+        channel.send(Message::Offer(offer.into()), fds).map_err(|broken| broken.to_string())
     }
 
     fn send(&mut self, message: Message) -> Result<(), String> {
@@ -254,7 +267,12 @@ impl Engine {
         let Some(attempt) = &mut self.attempt else { return Event::Failed(Failure::ChannelBroken) };
         use crate::upgrade::Stage as S;
         match (self.upgrade.stage(), message) {
-            (S::Starting, Message::Adopted { protocol, mut listeners }) => {
+            (S::Starting, Message::Adopted { restart: false, .. }) if attempt.origin == Origin::Restart => {
+                let cause =
+                    "has a library that knows nothing of restarts: use `handover upgrade`, or stop and start it";
+                self.failed(Failure::ChannelBroken, cause.to_owned())
+            }
+            (S::Starting, Message::Adopted { protocol, mut listeners, .. }) => {
                 let by_name = |a: &AdoptedListener, b: &AdoptedListener| a.name.cmp(&b.name);
                 listeners.sort_by(by_name);
                 attempt.offered.sort_by(by_name);
@@ -270,6 +288,7 @@ impl Engine {
                     let cause = format!("chose version {protocol} of the protocol, which was not offered");
                     return self.failed(Failure::ChannelBroken, cause);
                 }
+                attempt.adopted = true;
                 Event::Adopted
             }
             (S::Starting, Message::Refused { reason, .. }) => {
@@ -379,7 +398,9 @@ impl Engine {
         // One that refuses or gives up ends by itself, with its last words; it is killed if it has not by the time of
         // the report.
         let ends_by_itself = matches!(failure, Failure::Refused | Failure::GaveUp);
-        if let (Origin::Push, Some(process), false) = (attempt.origin, &attempt.process, ends_by_itself) {
+        if let (Origin::Push | Origin::Restart, Some(process), false) =
+            (attempt.origin, &attempt.process, ends_by_itself)
+        {
             process.kill();
         }
     }
@@ -404,7 +425,7 @@ impl Engine {
     }
 
     /// Completes "the new build …".
-    fn words_for(&self, failure: Failure) -> String {
+    pub(super) fn words_for(&self, failure: Failure) -> String {
         let attempt = self.attempt.as_ref();
         let cause = attempt.and_then(|attempt| attempt.cause.clone());
         match failure {
@@ -412,7 +433,10 @@ impl Engine {
                 let timeout = self.duration(Timer::Ready).unwrap_or_default();
                 let starting = attempt.and_then(|attempt| attempt.starting.as_ref());
                 let last = starting.map(|reason| format!(" (it last said: {reason})")).unwrap_or_default();
-                format!("was not ready within {timeout:?}{last}")
+                match attempt.is_some_and(|attempt| attempt.adopted) {
+                    true => format!("was not ready within {timeout:?}{last}"),
+                    false => format!("was not ready within {timeout:?}, and has not even called `Handover::start`"),
+                }
             }
             Failure::Stopped => "was not ready when this process was told to stop".to_owned(),
             Failure::Exited => format!("{} before it was ready", cause.unwrap_or_else(|| "ended".to_owned())),
@@ -438,7 +462,11 @@ impl Engine {
             _ if outcome == Outcome::RolledBack => format!("process {pid} (generation {generation}) accepts again"),
             _ => format!("process {pid} (generation {generation}) serves on"),
         };
-        let verdict = if outcome == Outcome::RolledBack { "rolled back" } else { "not upgraded" };
+        let verdict = match attempt.origin {
+            Origin::Restart => "not restarted",
+            _ if outcome == Outcome::RolledBack => "rolled back",
+            _ => "not upgraded",
+        };
         let outcome = if failure == Failure::Stopped { Outcome::Ended } else { outcome };
         let result = ResultEvent {
             at_ms: Some(attempt.elapsed_ms()),
@@ -447,11 +475,11 @@ impl Engine {
             failure: Some(what.clone()),
             ..ResultEvent::new(outcome, format!("{verdict}: {what}; {serves}"))
         };
-        self.tell_manager_of_failure(&what);
+        self.tell_manager_of_failure(attempt.origin, &what);
         let deadline = Instant::now() + Report::PATIENCE;
         // One that pulled is not ours to wait for; only what it leaves is of interest.
         let process = match attempt.origin {
-            Origin::Push => attempt.process,
+            Origin::Push | Origin::Restart => attempt.process,
             Origin::Pull => {
                 self.successors.extend(attempt.process);
                 None
@@ -485,17 +513,20 @@ impl Engine {
             let cut = self.shared.connections.cut();
             log::warn!("{cut} connections were still open at the drain deadline and are closed");
             self.drain.cut = Some(cut);
+            self.drain.cut_at = Some(Instant::now());
             self.timers.cut_grace = Some(Instant::now() + CUT_GRACE);
             self.shared.phase.update(|phase| phase.deadline_passed());
         }
     }
 
-    /// No connection is left and every hook has returned; after a cut the hooks are not waited for.
+    /// No connection is left and every hook has returned; after a cut neither is waited for, but hooks in a restart.
     pub(super) fn check_idle(&mut self) {
         let draining = self.upgrade.stage() == crate::upgrade::Stage::Draining;
         // Whoever asked for an upgrade that the stop has ended is told before the process is gone.
         let told = self.reports.is_empty();
-        let nothing_runs = (self.drain.hooks_done || self.drain.cut.is_some()) && self.shared.connections.open() == 0;
+        let cut_long_ago = self.drain.cut_at.is_some_and(|cut_at| cut_at.elapsed() >= CUT_GRACE);
+        let hooks_over = self.drain.hooks_done || (self.drain.cut.is_some() && !self.is_restarting());
+        let nothing_runs = hooks_over && (cut_long_ago || self.shared.connections.open() == 0);
         if draining && told && nothing_runs {
             self.timers.cut_grace = None;
             self.tell_old_side(Event::Idle);
@@ -506,6 +537,7 @@ impl Engine {
     fn finish(&mut self) {
         let (upgraded, cut) = (self.drain.upgraded, self.drain.cut.unwrap_or(0));
         log::info!("drained");
+        self.give_way(cut);
         self.remove_paths();
         self.answer_drained(cut);
         self.remove_control_socket();

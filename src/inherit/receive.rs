@@ -13,8 +13,10 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Pid;
 use socket2::SockRef;
 
+use super::restart::{self, Restart};
 use crate::channel::{Broken, Channel};
 use crate::control::{Client, Target};
+use crate::engine::SignalPipe;
 use crate::error::{Error, ErrorKind};
 use crate::listeners::{Inherited, Source, address_of_offered, kind_of};
 use crate::protocol::{
@@ -32,7 +34,8 @@ const DEATH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What an old process has handed over, and the channel to it.
 pub(crate) struct Handed {
-    pub(crate) channel: Channel,
+    /// None after a restart: nobody is at its other end any more.
+    pub(crate) channel: Option<Channel>,
     pub(crate) parts: HandedParts,
 }
 
@@ -47,17 +50,24 @@ pub(crate) struct HandedParts {
     pub(crate) build: Option<BuildIdentity>,
     /// What upgrades start, if it is another program than this one.
     pub(crate) program: Option<PathBuf>,
+    pub(crate) restart: Option<Restart>,
 }
 
 /// The handover that this process was spawned for, if it was.
 ///
 /// `None` also when the old process died before it had handed everything over: then this process is a first generation.
-pub(crate) fn from_environment() -> Result<Option<Handed>, Error> {
+/// In a restart this returns when the old process has ended.
+pub(crate) fn from_environment(signals: Option<&mut SignalPipe>) -> Result<Option<Handed>, Error> {
+    const TRIED: &str = "take the handover of the old process";
     let Some(stream) = channel_from_environment() else { return Ok(None) };
     let old = getsockopt(&stream, PeerCredentials).map_err(io::Error::from);
     let old = old.and_then(|old| sys::pidfd_of_peer(stream.as_fd(), Pid::from_raw(old.pid())));
-    let handed = receive(stream, None, "take the handover of the old process")?;
-    if handed.is_none() {
+    let mut handed = receive(stream, None, &old, TRIED)?;
+    if let Some(Handed { channel, parts: HandedParts { restart: Some(restart), stderr, .. } }) = &mut handed {
+        restart::take_stderr(stderr.take());
+        let ended = restart.wait_for_the_end(&old, channel.take(), signals);
+        ended.map_err(|cause| Error::new(ErrorKind::NotUpgraded, TRIED, cause))?;
+    } else if handed.is_none() {
         // Its end of the channel is closed before its listeners are; until then their addresses cannot be bound.
         if let Ok(old) = old {
             let _ = crate::poll::wait(old.as_fd(), PollFlags::POLLIN, Some(Instant::now() + DEATH_TIMEOUT));
@@ -87,7 +97,8 @@ pub(crate) fn by_pull(target: &Target) -> Result<Handed, Error> {
     let pid = client.pid();
     let (stream, _) = client.take_over()?;
     let tried = format!("take over from {target}");
-    let handed = receive(stream, Some(pid), &tried)?;
+    let nothing_to_wait_for = Err(io::Error::other("this process was started by something else"));
+    let handed = receive(stream, Some(pid), &nothing_to_wait_for, &tried)?;
     handed.ok_or_else(|| Error::new(ErrorKind::Failed, tried, "it died before it had handed over its listeners"))
 }
 
@@ -112,7 +123,13 @@ fn channel_from_environment() -> Option<UnixStream> {
     channel
 }
 
-fn receive(stream: UnixStream, old_pid: Option<i32>, tried: &str) -> Result<Option<Handed>, Error> {
+/// `old` is the process at the other end, and `old_pid` its pid where that is another here than there.
+fn receive(
+    stream: UnixStream,
+    old_pid: Option<i32>,
+    old: &io::Result<OwnedFd>,
+    tried: &str,
+) -> Result<Option<Handed>, Error> {
     let failed = |cause: String| Error::new(ErrorKind::Failed, tried, cause);
     let mut channel = Channel::new(stream).map_err(|error| Error::io(tried, error))?;
     let (offer, fds) = match channel.receive_offer(Instant::now() + OFFER_TIMEOUT) {
@@ -132,16 +149,17 @@ fn receive(stream: UnixStream, old_pid: Option<i32>, tried: &str) -> Result<Opti
     };
     // `receive_offer` has seen that there is one.
     let version = VERSIONS.common(offer.protocol).unwrap_or(VERSIONS.max);
-    match check(offer, fds, old_pid) {
+    match check(offer, fds, old_pid, old) {
         Ok(parts) => {
             let listeners = parts.inherited.iter();
             let listeners =
                 listeners.map(|one| AdoptedListener { name: one.name.clone(), cookie: one.cookie }).collect();
+            let adopted = Message::Adopted { protocol: version, listeners, restart: parts.restart.is_some() };
             // If the old process is gone, its end of the channel says so to the engine.
-            if let Err(broken) = channel.send(Message::Adopted { protocol: version, listeners }, vec![]) {
+            if let Err(broken) = channel.send(adopted, vec![]) {
                 log::debug!("the old process {broken}");
             }
-            Ok(Some(Handed { channel, parts }))
+            Ok(Some(Handed { channel: Some(channel), parts }))
         }
         Err(reason) => {
             refuse(&mut channel, &reason, false);
@@ -155,7 +173,12 @@ fn refuse(channel: &mut Channel, reason: &str, versions: bool) {
     let _ = channel.send(Message::Refused { reason: reason.to_owned(), protocol }, vec![]);
 }
 
-fn check(offer: Offer, fds: Vec<OwnedFd>, old_pid: Option<i32>) -> Result<HandedParts, String> {
+fn check(
+    offer: Offer,
+    fds: Vec<OwnedFd>,
+    old_pid: Option<i32>,
+    old: &io::Result<OwnedFd>,
+) -> Result<HandedParts, String> {
     let mut fds = fds.into_iter();
     let mut inherited = Vec::with_capacity(offer.listeners.len());
     for (listener, fd) in offer.listeners.into_iter().zip(&mut fds) {
@@ -167,10 +190,18 @@ fn check(offer: Offer, fds: Vec<OwnedFd>, old_pid: Option<i32>) -> Result<Handed
         Some(state) => fds.next().map(|fd| read_state(state.version, state.length, fd)).transpose()?,
     };
     let stderr = if offer.stderr { fds.next() } else { None };
-    let old = DrainingGeneration { pid: old_pid.unwrap_or(offer.pid), generation: offer.generation.saturating_sub(1) };
-    let older = std::iter::once(old).chain(offer.draining).collect();
+    let older =
+        DrainingGeneration { pid: old_pid.unwrap_or(offer.pid), generation: offer.generation.saturating_sub(1) };
+    let restart = match offer.restart {
+        Some(restart) => {
+            let asker = if restart.asker { fds.next() } else { None };
+            Some(Restart::new(&restart, offer.ready_timeout_ms, asker, offer.pid, old)?)
+        }
+        None => None,
+    };
+    let older = std::iter::once(older).filter(|_| restart.is_none()).chain(offer.draining).collect();
     let (generation, build, program) = (offer.generation, offer.build, offer.program);
-    Ok(HandedParts { generation, inherited, state, stderr, older, build, program })
+    Ok(HandedParts { generation, inherited, state, stderr, older, build, program, restart })
 }
 
 fn adopt(listener: OfferedListener, fd: OwnedFd) -> Result<Inherited, String> {

@@ -52,6 +52,8 @@ enum Gate {
 enum Life {
     /// Waits for the offer; no machine of it runs yet.
     Receiving,
+    /// Of a restart: has adopted, and runs when the old process is gone.
+    Waiting,
     Running,
     /// Stands still before it has served, for good.
     Hanging,
@@ -98,6 +100,8 @@ pub(super) struct Process {
     /// What is left to do once a new process that may not be killed has closed its channel.
     deferred: VecDeque<Action>,
     maker: Maker,
+    /// It was started for a restart.
+    restarts: bool,
     app_is_ready: bool,
     /// Its upgrade is off, whether it knows or not.
     is_given_up: bool,
@@ -110,6 +114,7 @@ pub(super) struct Seen {
     pub(super) failed: bool,
     pub(super) refused: bool,
     pub(super) taken_over: bool,
+    pub(super) restarted: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,8 +127,9 @@ pub(super) enum Step {
     Idle { at: usize },
     AppReady { at: usize },
     Leave { at: usize },
+    OldIsGone { new: usize },
     // What comes from outside.
-    Trigger { at: usize, maker: Maker, spawns: bool },
+    Trigger { at: usize, maker: Maker, spawns: bool, restart: bool },
     Kill { at: usize },
     Stop { at: usize },
     AppGivesUp { at: usize },
@@ -162,6 +168,7 @@ impl Process {
             answered_commit: false,
             deferred: VecDeque::new(),
             maker,
+            restarts: false,
             app_is_ready: false,
             is_given_up: false,
         }
@@ -181,6 +188,9 @@ impl Process {
 
     /// Holds the listeners, and will serve if nobody else does.
     fn could_serve(&self) -> bool {
+        if self.life == Life::Waiting {
+            return !self.is_given_up;
+        }
         let drains = matches!(self.upgrade.stage(), Stage::Draining | Stage::Drained);
         self.life == Life::Running && !drains && !self.is_given_up
     }
@@ -240,7 +250,12 @@ impl World {
             if listens && (if process.deferred.is_empty() { news } else { !channel.new_end }) {
                 steps.push(Step::Hear { old });
             }
-            let listens = matches!(self.processes[new].life, Life::Receiving | Life::Running) && channel.new_end;
+            let listens = match self.processes[new].life {
+                Life::Receiving | Life::Running => channel.new_end,
+                // Its end means nothing: the process must be gone.
+                Life::Waiting => channel.new_end && !channel.down.is_empty(),
+                _ => false,
+            };
             if listens && self.processes[new].deferred.is_empty() && (!channel.down.is_empty() || !channel.old_end) {
                 steps.push(Step::HearNew { new });
             }
@@ -248,6 +263,9 @@ impl World {
         for (at, process) in self.processes.iter().enumerate() {
             if process.life == Life::Leaving {
                 steps.push(Step::Leave { at });
+            }
+            if process.life == Life::Waiting && self.processes[self.channels[at - 1].old].life == Life::Gone {
+                steps.push(Step::OldIsGone { new: at });
             }
             if !process.runs() {
                 continue;
@@ -299,10 +317,11 @@ impl World {
             if process.upgrade.stage() == Stage::Serving && process.inherit.owns() {
                 if !self.is_full() {
                     let ways = [(Maker::Old, true), (Maker::Old, false), (Maker::Other, true), (Maker::Stranger, true)];
-                    steps.extend(ways.map(|(maker, spawns)| Step::Trigger { at, maker, spawns }));
+                    steps.extend(ways.map(|(maker, spawns)| Step::Trigger { at, maker, spawns, restart: false }));
+                    steps.push(Step::Trigger { at, maker: Maker::Old, spawns: true, restart: true });
                 }
             } else if budget.refused > 0 && process.inherit.owns() {
-                steps.push(Step::Trigger { at, maker: Maker::Old, spawns: true });
+                steps.push(Step::Trigger { at, maker: Maker::Old, spawns: true, restart: false });
             }
             let starts = matches!(process.inherit.stage(), inherit::Stage::Starting { .. }) && !process.app_is_ready;
             if starts && budget.misbehaviours > 0 {

@@ -32,20 +32,36 @@ fn offer() -> Offer {
         trial_ms: 1000,
         build: None,
         program: None,
+        restart: None,
     }
 }
 
-/// With what version 1 has got since its first frames were recorded.
 fn offer_with_builds() -> Offer {
     let path = "/srv/app/releases/41/server".into();
     let build = BuildIdentity { path, device: 26, inode: 1812, size: 4_194_304, modified_unix_ms: 1_763_900_000_000 };
     Offer { build: Some(build), program: Some("/srv/app/current/server".into()), ..offer() }
 }
 
+fn adopted(restart: bool) -> Message {
+    let listeners = vec![AdoptedListener { name: "http".into(), cookie: u64::MAX }];
+    Message::Adopted { protocol: 1, listeners, restart }
+}
+
+/// What version 1 has got since its first frames were recorded, under the names of the recordings.
+fn later_messages() -> [(&'static str, Message); 3] {
+    let restart = OfferedRestart { kill_after_ms: 10_000, asked_us: 86_400_000_000, asker: true };
+    let offer_of_restart = Offer { state: None, restart: Some(restart), ..offer_with_builds() };
+    [
+        ("offer-with-builds", Message::Offer(offer_with_builds().into())),
+        ("offer-of-restart", Message::Offer(offer_of_restart.into())),
+        ("adopted-for-restart", adopted(true)),
+    ]
+}
+
 fn every_message() -> Vec<Message> {
     vec![
-        Message::Offer(offer()),
-        Message::Adopted { protocol: 1, listeners: vec![AdoptedListener { name: "http".into(), cookie: u64::MAX }] },
+        Message::Offer(offer().into()),
+        adopted(false),
         Message::Refused { reason: "too new".into(), protocol: Some(Versions { min: 2, max: 3 }) },
         Message::Starting { reason: "warming the cache".into() },
         Message::GaveUp { reason: "no database".into() },
@@ -71,7 +87,7 @@ fn decode(bytes: &[u8]) -> Result<Message, Malformed> {
 
 #[test]
 fn every_message_survives_the_wire() {
-    for message in every_message().into_iter().chain([Message::Offer(offer_with_builds())]) {
+    for message in every_message().into_iter().chain(later_messages().map(|(_, message)| message)) {
         assert_eq!(decode(&message.clone().encode().unwrap()), Ok(message));
     }
 }
@@ -81,7 +97,7 @@ fn every_message_survives_the_wire() {
 fn recorded_frames_decode() {
     let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/frames/1");
     let recorded = every_message().into_iter().map(|message| (message.name(), message));
-    for (name, message) in recorded.chain([("offer-with-builds", Message::Offer(offer_with_builds()))]) {
+    for (name, message) in recorded.chain(later_messages()) {
         let path = directory.join(name);
         if std::env::var_os("HANDOVER_RECORD").is_some() && !path.exists() {
             std::fs::write(&path, message.clone().encode().unwrap()).unwrap();

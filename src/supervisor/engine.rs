@@ -3,6 +3,7 @@
 
 mod answers;
 mod checks;
+mod drain;
 mod manager;
 mod perform;
 mod reap;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::poll::{PollFd, PollFlags};
 
 use super::build::{Build, Recipe};
-use super::machine::{Event, Machine, Order, Phase, Policy, WorkerId};
+use super::machine::{Action, Event, Machine, Order, Phase, Policy, WorkerId};
 use super::options::Options;
 use super::output::{Output, Passed, Stream};
 use super::sockets::Sockets;
@@ -31,14 +32,14 @@ use crate::pid_file::PidFile;
 use crate::poll;
 use crate::systemd::Notifier;
 
-use answers::{Attempt, Drain, Requester};
+use answers::{Attempt, Requester, Verb};
+use drain::Drain;
 use reap::ChildSignals;
 use report::Report;
 use scale::Scaling;
 
 const MAX_DRAINING: usize = 4;
 const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
-const DRAIN_COUNT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How the life of a supervisor ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,18 +194,30 @@ impl Supervisor {
                 return self.tell(Event::StopNow);
             }
         }
-        let order = Order { trial: Duration::ZERO, ..self.order(&UpgradeRequest::default()) };
+        let order = Order { trial: Duration::ZERO, ..self.order(Verb::Upgrade, &UpgradeRequest::default()) };
         self.tell(Event::Start(order));
     }
 
-    /// How an upgrade is done; the request goes before the options.
-    fn order(&self, request: &UpgradeRequest) -> Order {
-        Order {
-            ready_timeout: request.ready_timeout().unwrap_or(self.options.ready_timeout),
-            trial: request.trial().unwrap_or(self.options.trial),
-            drain_timeout: request.drain_timeout().unwrap_or(self.options.drain_timeout),
-            step: self.options.surge.unwrap_or(usize::MAX),
-            overlap: self.options.overlap,
+    /// How it is done; the request goes before the options.
+    fn order(&self, verb: Verb, request: &UpgradeRequest) -> Order {
+        let ready_timeout = request.ready_timeout().unwrap_or(self.options.ready_timeout);
+        match verb {
+            Verb::Upgrade => Order {
+                ready_timeout,
+                trial: request.trial().unwrap_or(self.options.trial),
+                drain_timeout: request.drain_timeout().unwrap_or(self.options.drain_timeout),
+                step: self.options.surge.unwrap_or(usize::MAX),
+                overlap: self.options.overlap,
+            },
+            Verb::Restart => Order {
+                ready_timeout,
+                // There is nobody to go back to.
+                trial: Duration::ZERO,
+                // Zero would be for ever.
+                drain_timeout: (request.drain_before_restart() + request.kill_after()).max(Duration::from_millis(1)),
+                step: usize::MAX,
+                overlap: false,
+            },
         }
     }
 
@@ -281,7 +294,7 @@ impl Supervisor {
         let caught = signals.take();
         if caught.upgrade {
             log::info!("upgrade asked for by signal");
-            self.begin(UpgradeRequest::default(), Requester::Nobody);
+            self.begin(Verb::Upgrade, &UpgradeRequest::default(), Requester::Nobody);
         }
         for _ in 0..caught.stops {
             let again = self.machine.phase() == Phase::Draining;
@@ -313,7 +326,11 @@ impl Supervisor {
     fn tell(&mut self, event: Event) {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
-            for action in self.machine.on_event(event, Instant::now()) {
+            let actions = self.machine.on_event(event, Instant::now());
+            if actions.iter().any(|action| matches!(action, Action::Stop(_))) {
+                self.announce_stops();
+            }
+            for action in actions {
                 events.extend(self.perform(action));
             }
         }

@@ -35,6 +35,11 @@ pub(super) fn fds(pid: Pid) -> std::io::Result<Vec<(i32, PathBuf)>> {
     Ok(entries.filter_map(fd).collect())
 }
 
+/// The kernel takes them all away at once when a process ends, however it does.
+pub(super) fn has_fds(pid: Pid) -> bool {
+    fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|mut fds| fds.next().is_some())
+}
+
 /// The inode, if the link is one of a socket.
 pub(super) fn socket_inode(link: &std::path::Path) -> Option<u64> {
     link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()

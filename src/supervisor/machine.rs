@@ -103,6 +103,8 @@ pub(crate) enum Action {
     Cut(WorkerId),
     /// It does not even die; it is forgotten.
     Abandon(WorkerId),
+    /// No worker is left where the new ones are to be started.
+    Cleared,
     /// Every new worker is ready; the trial begins.
     AllReady,
     Commit,
@@ -205,6 +207,8 @@ struct Crashes {
 #[derive(Clone, Debug)]
 pub(crate) struct Machine {
     policy: Policy,
+    /// As the upgrade under way wants it, or the one that has failed.
+    overlap: bool,
     doing: Doing,
     workers: BTreeMap<WorkerId, Worker>,
     next_id: WorkerId,
@@ -218,6 +222,7 @@ impl Machine {
     pub(crate) fn new(policy: Policy) -> Self {
         Self {
             policy,
+            overlap: policy.overlap,
             doing: Doing::Nothing,
             workers: BTreeMap::new(),
             next_id: 0,
@@ -279,7 +284,7 @@ impl Machine {
         match event {
             Event::Start(order) if self.generation == 0 && !self.is_rolling() => self.roll(order, now),
             Event::Start(_) => {}
-            Event::Upgrade(order) => match self.refusal() {
+            Event::Upgrade(order) => match self.refusal_of(&order) {
                 Some(refusal) => self.actions.push(Action::Refuse(refusal)),
                 None => self.roll(order, now),
             },
@@ -289,8 +294,8 @@ impl Machine {
             Event::Stop(timeout) => self.stop(timeout, now),
             Event::StopNow => self.stop_now(now),
             Event::Scale(workers) => match self.refusal() {
-                Some(refusal @ (Refusal::UnderWay | Refusal::Stopping)) => self.actions.push(Action::Refuse(refusal)),
-                Some(Refusal::TooManyDraining) | None => self.scale(workers, now),
+                Some(refusal) => self.actions.push(Action::Refuse(refusal)),
+                None => self.scale(workers, now),
             },
             Event::Tick => self.tick(now),
         }
@@ -301,17 +306,23 @@ impl Machine {
         matches!(self.doing, Doing::Rolling(_))
     }
 
-    /// Why no upgrade can begin now.
-    pub(crate) fn refusal(&self) -> Option<Refusal> {
+    /// Why no upgrade can begin now. One without overlap ends what drains before it starts anything.
+    pub(crate) fn refusal_of(&self, order: &Order) -> Option<Refusal> {
         let mut draining: Vec<u64> =
             self.workers.values().map(|worker| worker.generation).filter(|one| *one < self.generation).collect();
         draining.dedup();
+        let too_many = order.overlap && draining.len() >= self.policy.max_draining;
+        self.refusal().or(too_many.then_some(Refusal::TooManyDraining))
+    }
+
+    /// Why nothing can be changed now.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
         let rolls_back = self.workers.values().any(|worker| worker.is_up() && worker.generation > self.generation);
         match self.doing {
             Doing::Rolling(_) => Some(Refusal::UnderWay),
             Doing::Nothing if rolls_back => Some(Refusal::UnderWay),
             Doing::Stopping | Doing::Ended => Some(Refusal::Stopping),
-            Doing::Nothing => (draining.len() >= self.policy.max_draining).then_some(Refusal::TooManyDraining),
+            Doing::Nothing => None,
         }
     }
 

@@ -50,6 +50,8 @@ pub(super) struct Worker {
     pub(super) check: Option<Pid>,
     /// Until then it may end by itself, after it was given up.
     pub(super) dismissed: Option<Instant>,
+    /// Connections that it had when it was last counted, which is before it is told to stop and now and then after that.
+    pub(super) open: usize,
     /// How it ended.
     pub(super) exit: Option<String>,
 }
@@ -116,6 +118,7 @@ impl Worker {
             proof: None,
             check: None,
             dismissed: None,
+            open: 0,
             exit: None,
         })
     }

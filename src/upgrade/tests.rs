@@ -94,6 +94,46 @@ fn a_stop_of_either_side_in_the_trial_does_not_open_the_gate_again() {
     }
 }
 
+const TO_RESTARTING: &[Event] = &[Event::Trigger(Origin::Restart), Event::Spawned];
+const TO_RELEASED: &[Event] = &[Event::Trigger(Origin::Restart), Event::Spawned, Event::Adopted, Event::GateShut];
+
+#[test]
+fn a_restart_drains_as_soon_as_the_listeners_are_adopted_and_the_gate_is_shut() {
+    let (stage, actions) = then(TO_RESTARTING, Event::Adopted);
+    assert_eq!(stage, Stage::Committing);
+    assert!(actions.contains(&Action::ShutGate) && actions.contains(&Action::Disarm(Timer::Ready)));
+    let (upgrade, actions) = after(TO_RELEASED);
+    assert_eq!(upgrade.stage(), Stage::Draining);
+    assert_eq!(actions[..2], [Action::Release, Action::Drain]);
+    assert!(!actions.contains(&Action::Commit));
+}
+
+#[test]
+fn a_restart_that_fails_before_the_listeners_are_adopted_leaves_the_old_process_serving() {
+    for event in [Event::Failed(Failure::Exited), Event::TimedOut(Timer::Ready)] {
+        let (stage, actions) = then(TO_RESTARTING, event);
+        assert_eq!(stage, Stage::Serving);
+        assert!(actions.iter().any(|action| matches!(action, Action::ReportFailed(_))), "{actions:?}");
+    }
+    // The next one is an upgrade like any other.
+    let failed = [TO_RESTARTING, &[Event::Failed(Failure::Exited)]].concat();
+    let (stage, _) = then(&[&failed[..], TO_STARTING].concat(), Event::Adopted);
+    assert_eq!(stage, Stage::Adopted);
+    let (stage, _) = then(&[&failed[..], &[Event::Trigger(Origin::Pull)]].concat(), Event::Adopted);
+    assert_eq!(stage, Stage::Adopted);
+}
+
+#[test]
+fn the_loss_of_the_new_process_of_a_restart_is_told_once_and_opens_nothing() {
+    let lost = Event::Failed(Failure::Exited);
+    assert_eq!(then(TO_RELEASED, lost), (Stage::Draining, vec![Action::ReportLost(Failure::Exited)]));
+    assert_eq!(then(&[TO_RELEASED, &[lost]].concat(), lost), (Stage::Draining, vec![]));
+    let (stage, actions) = then(&[TO_RELEASED, &[Event::Idle]].concat(), lost);
+    assert_eq!((stage, actions), (Stage::Drained, vec![Action::ReportLost(Failure::Exited)]));
+    // One that was called off before has been reported already.
+    assert_eq!(then(&[TO_RESTARTING, &[Event::Stop]].concat(), lost), (Stage::Draining, vec![]));
+}
+
 #[test]
 fn a_second_stop_cuts_what_is_left() {
     let (stage, actions) = then(&[Event::Stop], Event::Stop);

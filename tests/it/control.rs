@@ -34,9 +34,30 @@ fn of_twenty_requests_at_once_one_wins() {
     let (won, lost): (Vec<_>, Vec<_>) = all.into_iter().map(Running::finish).partition(|run| run.code == Some(0));
     assert_eq!((won.len(), lost.len()), (1, 19));
     for run in lost {
-        run.exits_with(3).complains("another upgrade is under way");
+        run.exits_with(3).complains("another upgrade is under way: to process ").complains("tells how it ends");
     }
     assert_eq!(server.generation(), 2);
+}
+
+/// The truth about a process is not that it closed a connection.
+#[test]
+fn a_process_that_closes_the_connection_and_lives_is_not_called_dead() {
+    let home = crate::home::Home::new();
+    let path = home.path("1.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    for verb in ["upgrade", "stop"] {
+        let mut command = std::process::Command::new(crate::home::HANDOVER);
+        command.arg(verb).arg("--socket").arg(&path);
+        let command = Running::start(command);
+        let (mut stream, _) = listener.accept().unwrap();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(&stream), &mut String::new()).unwrap();
+        stream.write_all(b"{\"event\":\"accepted\",\"pid\":1,\"generation\":1}\n").unwrap();
+        drop(stream);
+        let run = command.finish().exits_with(1);
+        run.complains(
+            "it has closed the connection, and lives (what came of it is not known: `handover status` tells)",
+        );
+    }
 }
 
 fn connect(server: &Server) -> UnixStream {

@@ -4,6 +4,7 @@ mod config;
 mod crash;
 mod pid_one;
 mod ready;
+mod restart;
 mod start;
 mod steps;
 mod stop;

@@ -8,7 +8,7 @@ use crate::command::{Run, run};
 use crate::home::{HANDOVER, Home};
 use crate::rights::is_installed_or_skip;
 
-const VERBS: [&str; 7] = ["upgrade", "status", "ps", "stop", "check", "exec", "scale"];
+const VERBS: [&str; 8] = ["upgrade", "restart", "status", "ps", "stop", "check", "exec", "scale"];
 
 fn handover(arguments: &[&str]) -> Run {
     let mut command = Command::new(HANDOVER);
@@ -178,6 +178,7 @@ fn everything_is_installed_and_removed() {
         "share/man/man1/handover-check.1",
         "share/man/man1/handover-exec.1",
         "share/man/man1/handover-ps.1",
+        "share/man/man1/handover-restart.1",
         "share/man/man1/handover-scale.1",
         "share/man/man1/handover-status.1",
         "share/man/man1/handover-stop.1",

@@ -37,6 +37,7 @@ mod signals;
 mod inheritance;
 mod state;
 mod pull;
+mod restart;
 mod activation;
 mod namespaces;
 mod load;

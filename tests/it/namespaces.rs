@@ -65,7 +65,10 @@ fn is_upgraded(contained: &Contained, private: bool) {
     let second = contained.service(2);
     assert_ne!(second.pid, first.pid);
     contained.handover(&["ps"]).exits_with(0).says(&second.pid.to_string());
-    contained.handover(&["stop", "--pid", &second.pid.to_string()]).exits_with(0);
+    // The old one is gone by the time that the new one tells how it went: whose pid is another here than there.
+    let restarted = contained.handover(&["restart", "--pid", &second.pid.to_string()]).exits_with(0);
+    restarted.says("restarted as generation 3");
+    contained.handover(&["stop", "--pid", &contained.service(3).pid.to_string()]).exits_with(0);
 }
 
 #[test]
@@ -87,5 +90,16 @@ fn in_another_pid_namespace() {
         );
         let unshare = ["-p", "-f", "-m", "--mount-proc"];
         is_upgraded(&Contained::start(&unshare, &(keep + "sleep 60; ")), true);
+    }
+}
+
+#[test]
+fn as_process_1_it_is_not_restarted() {
+    if is_root_or_skip("process 1 of another pid namespace") {
+        let unshare = ["-p", "-f", "-m", "--mount-proc"];
+        let contained = Contained::start(&unshare, "mount -t tmpfs none /run; ");
+        let pid = contained.service(1).pid.to_string();
+        contained.handover(&["restart", "--pid", &pid]).exits_with(1).complains("this is process 1 of its container");
+        assert_eq!(contained.service(1).pid.to_string(), pid);
     }
 }

@@ -158,19 +158,33 @@ fn panics() {
 #[test]
 fn hangs_before_it_has_the_offer() {
     fault_with("hang", &["--ready-timeout", "300ms"])
-        .complains("was not ready within 300ms")
-        .complains("what to do: --ready-timeout gives it longer");
+        .complains("was not ready within 300ms, and has not even called `Handover::start`")
+        .complains("what to do: does it use the library?");
 }
 
 #[test]
 fn hangs_after_it_has_adopted() {
-    fault_with("hang-after-adopted", &["--ready-timeout", "300ms"]).complains("was not ready within 300ms");
+    fault_with("hang-after-adopted", &["--ready-timeout", "300ms"])
+        .complains("what to do: --ready-timeout gives it longer")
+        .complains("was not ready within 300ms");
 }
 
 #[test]
 fn hangs_after_it_asked_for_more_time() {
     fault_with("hangs-after-still-starting", &["--ready-timeout", "300ms"])
         .complains("was not ready within 300ms (it last said: warming the cache)");
+}
+
+/// However fast one reason follows another, whoever waits sees the last.
+#[test]
+fn why_it_still_starts_is_shown() {
+    let server = Server::http();
+    let mut upgrade = server.begin_upgrade(&["--env", "FIXTURE_FAULT=hangs-after-still-starting", "--json"]);
+    let new = upgrade.new_pid();
+    upgrade.wait_for_line("opening the database");
+    upgrade.wait_for_line("warming the cache");
+    server.signal(new, nix::sys::signal::Signal::SIGKILL);
+    upgrade.finish().exits_with(1);
 }
 
 #[test]

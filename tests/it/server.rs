@@ -158,6 +158,18 @@ impl Server {
         Running::start(self.handover_command(&[&["upgrade", "--pid", &pid], arguments].concat()))
     }
 
+    /// `handover restart` of the process that serves.
+    #[track_caller]
+    pub(crate) fn restart(&self, arguments: &[&str]) -> Run {
+        self.begin_restart(arguments).finish()
+    }
+
+    #[track_caller]
+    pub(crate) fn begin_restart(&self, arguments: &[&str]) -> Running {
+        let pid = self.pid().to_string();
+        Running::start(self.handover_command(&[&["restart", "--pid", &pid], arguments].concat()))
+    }
+
     /// With a fault in the new build.
     #[track_caller]
     pub(crate) fn upgrade_with_fault(&self, fault: &str, arguments: &[&str]) -> Run {

@@ -1,5 +1,7 @@
 //! The new build speaks the wire wrong: it is killed, and the old one serves on.
 
+use std::time::{Duration, Instant};
+
 use crate::command::Run;
 use crate::server::Server;
 use crate::wait::LONG;
@@ -86,7 +88,11 @@ fn a_flood() {
     let before = server.settled_holdings(pid);
     let mut upgrade = server.begin_upgrade(&["--env", "FIXTURE_FAULT=flood", "--json"]);
     let new = upgrade.new_pid();
+    // Nor whoever waits from reading what else there is to say.
     upgrade.wait_for_line("still busy");
+    let first = Instant::now();
+    (0..4).for_each(|_| drop(upgrade.wait_for_line("still busy")));
+    assert!(first.elapsed() > Duration::from_millis(300), "{:?}", first.elapsed());
     assert_eq!(server.status(pid).generation, 1);
     server.signal(new, nix::sys::signal::Signal::SIGKILL);
     let run = upgrade.finish().exits_with(1);

@@ -180,6 +180,7 @@ OFFER_VERSION_1 = fields(
         "draining": list_of(fields({"pid": is_natural, "generation": is_natural})),
         "ready_timeout_ms": is_natural,
         "trial_ms": is_natural,
+        "restart": fields({"kill_after_ms": is_natural, "asked_us": is_natural}, {"asker": is_flag}),
     },
 )
 REASON = fields({"reason": is_text})
@@ -189,7 +190,8 @@ SHAPES: Dict[Kind, Check] = {
     # An offer of another version may have another shape; only its range can be relied on until the ranges overlap.
     Kind.OFFER: fields({"protocol": RANGE}),
     Kind.ADOPTED: fields(
-        {"protocol": is_natural, "listeners": list_of(fields({"name": is_name, "cookie": is_natural}))}
+        {"protocol": is_natural, "listeners": list_of(fields({"name": is_name, "cookie": is_natural}))},
+        {"restart": is_flag},
     ),
     Kind.REFUSED: fields({"reason": is_text}, {"protocol": RANGE}),
     Kind.STARTING: REASON,
@@ -407,6 +409,8 @@ class Offer:
     state_version: Optional[int]
     state: Optional[bytes]
     stderr: Optional[int]
+    restart: Optional[Dict[str, Any]] = None
+    asker: Optional[socket.socket] = None
 
 
 def cookie_of(sock: socket.socket) -> int:
@@ -455,13 +459,16 @@ def take_offer(frame: Frame) -> Offer:
             listeners.append(take_listener(described, unowned.pop(0)))
         state = frame.body.get("state")
         content = None if state is None else take_state(state["length"], unowned.pop(0))
+        stderr = unowned.pop(0) if frame.body.get("stderr") else None
         return Offer(
             protocol=version,
             generation=frame.body["generation"],
             listeners=listeners,
             state_version=None if state is None else state["version"],
             state=content,
-            stderr=unowned.pop(0) if frame.body.get("stderr") else None,
+            stderr=stderr,
+            restart=frame.body.get("restart"),
+            asker=socket.socket(fileno=unowned.pop(0)) if has_asker(frame.body) else None,
         )
     except BaseException:
         close_all(unowned)
@@ -470,13 +477,17 @@ def take_offer(frame: Frame) -> Offer:
         raise
 
 
+def has_asker(offer: Dict[str, Any]) -> bool:
+    return bool((offer.get("restart") or {}).get("asker"))
+
+
 def check_offer_body(body: Dict[str, Any], fd_count: int) -> None:
     if not OFFER_VERSION_1(body):
         raise ChannelBroken("the body of OFFER does not have its shape")
     names = [listener["name"] for listener in body["listeners"]]
     if len(set(names)) != len(names):
         raise ChannelBroken("two listeners have the same name")
-    described = len(names) + (body.get("state") is not None) + bool(body.get("stderr"))
+    described = len(names) + (body.get("state") is not None) + bool(body.get("stderr")) + has_asker(body)
     if fd_count != described:
         raise OfferRefused(f"{fd_count} fds came for {described} described")
 

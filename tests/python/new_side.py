@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import Any, Callable, Collection, Dict, List, Optional, Tuple
 
 import handover_protocol as protocol
@@ -63,6 +64,7 @@ SEND_SECONDS = 5.0
 LINGER_SECONDS = 60.0
 DRAIN_SECONDS = 10.0
 DEATH_SECONDS = 2.0
+KILL_SECONDS = 10.0
 
 
 class Aborted(Exception):
@@ -80,6 +82,7 @@ class NewSide:
         self.channel: Optional[Channel] = None
         self.offer: Optional[Offer] = None
         self.has_adopted = False
+        self.old_process: Optional[int] = None
         self.added: List[Tuple[str, socket.socket]] = []
         self.bound_paths: List[Tuple[str, Dict[str, int]]] = []
 
@@ -126,6 +129,8 @@ class NewSide:
         report("new", "offered", generation=self.offer.generation)
         self.misbehave_at("offered")
         self.adopt()
+        if self.offer.restart is not None and not self.options.knows_no_restart:
+            return self.restart()
         self.misbehave_at("adopted")
         self.start_up()
         self.announce_ready()
@@ -190,9 +195,60 @@ class NewSide:
             listeners[0]["cookie"] += 1
         if self.options.fault == "fewer-listeners":
             listeners.pop()
+        body = {"protocol": self.offer.protocol, "listeners": listeners}
+        if self.offer.restart is not None and not self.options.knows_no_restart:
+            self.old_process = self.channel.pidfd_of_peer()
+            if self.old_process is None:
+                raise OfferRefused("the end of the old process cannot be waited for")
+            body["restart"] = True
         self.has_adopted = True
-        self.send(Kind.ADOPTED, {"protocol": self.offer.protocol, "listeners": listeners})
+        self.send(Kind.ADOPTED, body)
         report("new", "adopted")
+
+    # A restart.
+
+    def restart(self) -> int:
+        self.put_stderr_in_place()
+        killed = self.wait_for_the_end(self.offer.restart["kill_after_ms"] / 1000)
+        self.drop_channel()
+        self.tell_asker("stage", stage="gone", **({"reason": "it was killed"} if killed else {}))
+        server = self.successor_server()
+        server.open_gate()
+        self.tell_asker("stage", stage="ready", kept=server.names(), added=[], unclaimed=[])
+        generation = self.offer.generation
+        message = f"restarted as generation {generation} (pid {os.getpid()})"
+        self.tell_asker("result", result="restarted", message=message, pid=os.getpid(), generation=generation)
+        if self.offer.asker is not None:
+            self.offer.asker.close()
+        report("new", "accepting", listeners=server.names(), generation=generation)
+        return self.serve_until_told(server)
+
+    def wait_for_the_end(self, kill_after: float) -> bool:
+        """Of the old process: whether it had to be killed."""
+        killed, deadline = False, Deadline(kill_after)
+        while True:
+            watched = [item for item in (self.old_process, self.signals, self.channel) if item is not None]
+            try:
+                ready = protocol.wait_readable(watched, deadline)
+            except DeadlinePassed:
+                if killed:
+                    raise
+                signal.pidfd_send_signal(self.old_process, signal.SIGKILL)
+                killed, deadline = True, Deadline(KILL_SECONDS)
+                continue
+            if self.old_process in ready:
+                os.close(self.old_process)
+                return killed
+            if self.channel is not None and self.channel in ready:
+                self.receive(())
+            if {signal.SIGTERM, signal.SIGINT} & self.signals.take():
+                raise ToldToStop
+
+    def tell_asker(self, event: str, **more: Any) -> None:
+        if self.offer.asker is not None:
+            now = time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6
+            line = {"event": event, "at_ms": (now - self.offer.restart["asked_us"]) / 1e3, **more}
+            protocol.send_line(self.offer.asker, line, Deadline(SEND_SECONDS))
 
     def start_up(self) -> None:
         for number in range(self.options.starting_frames):
@@ -446,6 +502,7 @@ def parse_options() -> argparse.Namespace:
         help="misbehave; the default is $NEW_SIDE_FAULT")  # fmt: skip
     add("--starting-frames", type=int, default=0, help="how often to send starting before ready")
     add("--starting-interval-ms", type=int, default=100)
+    add("--knows-no-restart", action="store_true", help="take an offer of a restart for one of an upgrade")
     add("--offer-timeout-ms", type=int, default=30_000)
     add("--lifetime-s", type=int, default=300, help="end by SIGALRM after this time, against left-overs of tests")
     options = parser.parse_args()

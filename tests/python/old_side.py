@@ -239,6 +239,11 @@ class Upgrade:
         self.send_offer()
         self.die_if("die-after-offer")
         self.await_adopted()
+        if self.restarts():
+            # What comes now is this process's end, and the new one's affair.
+            self.server.shut_gate()
+            report("old", "released")
+            return
         if self.fault == "abort-after-adopted":
             raise UpgradeFailed("the operator changed their mind")
         if self.fault == "garbage-after-adopted":
@@ -265,6 +270,9 @@ class Upgrade:
             if state_fd is not None:
                 os.close(state_fd)
 
+    def restarts(self) -> bool:
+        return self.options.restart_ms is not None
+
     def offers_stderr(self) -> bool:
         return self.candidate.pid is not None
 
@@ -286,6 +294,8 @@ class Upgrade:
             "ready_timeout_ms": self.options.ready_timeout_ms,
             "trial_ms": self.options.trial_ms,
         }
+        if self.restarts():
+            body["restart"] = {"kill_after_ms": self.options.restart_ms, "asked_us": time.monotonic_ns() // 1000}
         if state is not None:
             body["state"] = {"version": state.version, "length": self.offered_length(state)}
         if self.fault == "cookie-mismatch":
@@ -323,6 +333,8 @@ class Upgrade:
         if frame.kind is Kind.REFUSED:
             raise PeerDeclined(f"refused: {frame.body['reason']}")
         check_adopted(frame.body, self.listeners)
+        if self.restarts() and not frame.body.get("restart"):
+            raise UpgradeFailed("the new process knows nothing of restarts")
         report("old", "adopted")
 
     def await_ready(self) -> None:
@@ -600,6 +612,8 @@ class OldSide:
         attempt = Upgrade(self.options, self.server, self.listeners, candidate, self.signals)
         handed_over = attempt.run()
         self.told_to_stop = attempt.told_to_stop
+        # In a restart the channel stays open to the end.
+        self.last_attempt = attempt
         return handed_over
 
     def end_attempt(self, handed_over: bool) -> bool:
@@ -640,6 +654,8 @@ class OldSide:
         report("old", "draining")
         left = self.server.drain(self.options.drain_ms / 1000)
         report("old", "drained", left=left)
+        if self.options.never_exit:
+            threading.Event().wait()
         return 0
 
 
@@ -674,6 +690,9 @@ def parse_options() -> argparse.Namespace:
     add("--fault", choices=FAULTS)
     add("--ready-timeout-ms", type=int, default=30_000)
     add("--trial-ms", type=int, default=1_000)
+    add("--restart-ms", type=int, metavar="N",
+        help="restart: the new process runs when this one has ended, by force after N")  # fmt: skip
+    add("--never-exit", action="store_true", help="hang when everything is done")
     add("--drain-ms", type=int, default=10_000)
     add("--lifetime-s", type=int, default=300, help="end by SIGALRM after this time, against left-overs of tests")
     add("program", nargs="*", metavar="PROGRAM ARGS", help="the new build, after --")

@@ -198,12 +198,15 @@ class InteropCase(ProcessCase):
         command = [HANDOVER, "upgrade", "--pid", str(rust.pid), "--exe", NEW_SIDE, "--json", "--wait", wait,
                    "--ready-timeout", ready_timeout, "--trial", trial,
                    "--", "--lifetime-s", LIFETIME_SECONDS, *new]  # fmt: skip
+        return self.follow(self.asking(command))
+
+    def asking(self, command: List[str]) -> subprocess.Popen:
         environment = {**os.environ, **self.environment}
         asking = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         self.addCleanup(asking.stdout.close)
         self.addCleanup(asking.wait)
         self.addCleanup(asking.kill)
-        return self.follow(asking)
+        return asking
 
     def follow(self, asking: subprocess.Popen) -> Upgrade:
         events = []
@@ -327,6 +330,42 @@ class RustOldPushes(InteropCase):
         self.assert_upgraded(rust, upgrade)
         self.assertEqual(upgrade.stages.count("starting"), 3)
 
+    def restart(self, rust: Program, *new: str, kill_after: str = "10s") -> Upgrade:
+        command = [HANDOVER, "restart", "--pid", str(rust.pid), "--exe", NEW_SIDE, "--json",
+                   "--kill-after", kill_after, "--", "--lifetime-s", LIFETIME_SECONDS, *new]  # fmt: skip
+        return self.follow(self.asking(command))
+
+    def test_restart(self) -> None:
+        rust = self.start_fixture("--state", "abc")
+        with steady_clients(self.address) as answers:
+            wait_until(lambda: len(answers) >= 20)
+            restart = self.restart(rust)
+            after_exit = len(answers)
+            wait_until(lambda: len(answers) >= after_exit + 20)
+        self.assertEqual((restart.exit_code, restart.result["result"]), (0, "restarted"), restart)
+        self.assertEqual(restart.stages, "spawned adopted draining drained gone ready".split())
+        self.assertEqual(rust.exit_code(), 0, rust.stderr())
+        self.assert_served_by(2, self.new_pid)
+        self.assertEqual(ask(self.address, "/state"), "none")
+        failed = [answer for answer in answers if answer.startswith("failed")]
+        self.assertLessEqual(len(failed), restart.result.get("cut", 0), failed)
+
+    def test_restart_of_one_that_does_not_exit(self) -> None:
+        self.environment["FIXTURE_FAULT"] = "never-exits"
+        rust = self.start_fixture()
+        restart = self.restart(rust, kill_after="500ms")
+        self.assertEqual(restart.exit_code, 0, restart)
+        self.assertEqual(rust.exit_code(), -signal.SIGKILL)
+        self.assert_served_by(2, self.new_pid)
+
+    def test_restart_with_a_build_that_knows_of_none(self) -> None:
+        rust = self.start_fixture()
+        restart = self.restart(rust, "--knows-no-restart")
+        self.assertEqual((restart.exit_code, restart.result["result"]), (1, "failed"), restart)
+        self.assertIn("knows nothing of restarts", restart.result["message"])
+        self.assert_served_by(1, rust.pid)
+        self.assert_nothing_is_left_over(rust)
+
     def test_told_to_stop_before_commit(self) -> None:
         rust = self.start_axum()
         asking = self.ask_in_background(rust, "--fault", "hang-before-ready")
@@ -351,12 +390,7 @@ class RustOldPushes(InteropCase):
     def ask_in_background(self, rust: Program, *new: str, trial: str = "1s") -> subprocess.Popen:
         command = [HANDOVER, "upgrade", "--pid", str(rust.pid), "--exe", NEW_SIDE, "--json", "--trial", trial,
                    "--", "--lifetime-s", LIFETIME_SECONDS, *new]  # fmt: skip
-        environment = {**os.environ, **self.environment}
-        asking = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-        self.addCleanup(asking.stdout.close)
-        self.addCleanup(asking.wait)
-        self.addCleanup(asking.kill)
-        return asking
+        return self.asking(command)
 
     # Faults.
 
@@ -582,6 +616,20 @@ class RustNewIsPushed(InteropCase):
         old = self.push("--extra", "300", "--state", "01")
         self.assert_handed_over(old)
         self.assertEqual(len(old.log.wait("old", "ready")["unclaimed"]), 300)
+
+    def test_restart(self) -> None:
+        old = self.push("--restart-ms", "15000", program=FIXTURE, new=["--tcp", "http={address}"])
+        self.assert_handed_over(old)
+        stages = [s["stage"] for s in old.log.seen() if s["side"] == "old"]
+        self.assertEqual(stages, "listening spawned adopted released draining drained".split())
+        self.assert_new_stops_cleanly(old)
+
+    def test_restart_of_one_that_does_not_exit(self) -> None:
+        old = self.push("--restart-ms", "500", "--never-exit", program=FIXTURE, new=["--tcp", "http={address}"])
+        old.log.wait("old", "drained")
+        self.assertEqual(old.exit_code(), -signal.SIGKILL)
+        self.assert_served_by(2, old.child())
+        self.assert_new_stops_cleanly(old)
 
     def test_the_new_build_is_upgraded_in_turn(self) -> None:
         old = self.push()

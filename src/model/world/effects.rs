@@ -21,10 +21,18 @@ impl World {
                 self.tell_new_side(at, inherit::Event::AppReady);
             }
             Step::Leave { at } => self.die(at),
-            Step::Trigger { at, maker, spawns } => self.trigger(at, maker, spawns),
+            Step::OldIsGone { new } => {
+                self.close(new, true);
+                let process = &mut self.processes[new];
+                (process.life, process.inherit) = (Life::Running, Inherit::new(false));
+                self.seen.restarted = true;
+            }
+            Step::Trigger { at, maker, spawns, restart } => self.trigger(at, maker, spawns, restart),
             Step::Kill { at } => {
                 self.budget.deaths -= 1;
                 self.loses(at);
+                // With `adopted` on its way the old process lets go, and there is no way back.
+                self.ended |= self.processes[at].life == Life::Waiting;
                 self.die(at);
             }
             Step::Stop { at } => {
@@ -99,8 +107,12 @@ impl World {
         }
     }
 
-    fn trigger(&mut self, at: usize, maker: Maker, spawns: bool) {
-        let origin = if maker == Maker::Old { Origin::Push } else { Origin::Pull };
+    fn trigger(&mut self, at: usize, maker: Maker, spawns: bool, restart: bool) {
+        let origin = match maker {
+            Maker::Old if restart => Origin::Restart,
+            Maker::Old => Origin::Push,
+            _ => Origin::Pull,
+        };
         if self.processes[at].upgrade.stage() != Stage::Serving {
             self.budget.refused -= 1;
             let before = self.processes[at].upgrade.clone();
@@ -116,7 +128,8 @@ impl World {
         (process.adopted, process.ready, process.answered_commit) = (false, false, false);
         if spawns {
             process.attempt = Some(new);
-            self.processes.push(Process::new(Inherit::new(true), Life::Receiving, maker));
+            let process = Process::new(Inherit::new(true), Life::Receiving, maker);
+            self.processes.push(Process { restarts: restart, ..process });
             let (down, up) = (VecDeque::new(), VecDeque::new());
             self.channels.push(Channel { old: at, down, up, old_end: true, new_end: true });
         }
@@ -166,11 +179,13 @@ impl World {
         let receiving = self.processes[new].life == Life::Receiving;
         match message {
             Some(Message::Offer) if receiving => {
-                self.processes[new].life = Life::Running;
+                let waits = self.processes[new].restarts;
+                self.processes[new].life = if waits { Life::Waiting } else { Life::Running };
                 self.send_up(new, Message::Adopted);
             }
             // `Handover::start` fails, and the program ends.
             _ if receiving => self.processes[new].life = Life::Leaving,
+            Some(_) if self.processes[new].life == Life::Waiting => self.processes[new].life = Life::Leaving,
             Some(Message::Commit) => self.tell_new_side(new, E::Commit),
             Some(Message::Settled) => self.over(new, E::Settled),
             Some(_) => self.over(new, E::Aborted),
@@ -260,6 +275,17 @@ impl World {
             Action::Commit => self.commit(at),
             Action::Settle => {
                 self.send_down(at, Message::Settled);
+                self.drop_channel(at);
+            }
+            Action::Release => {
+                if self.processes[at].accepts() || !self.processes[at].adopted {
+                    self.broken_rule = Some("the listeners are let go when they are adopted and the gate is shut");
+                }
+            }
+            Action::ReportLost(_) => {
+                if let Some(new) = self.processes[at].attempt {
+                    self.die(new);
+                }
                 self.drop_channel(at);
             }
             Action::Abort(failure) => self.abort(at, failure),

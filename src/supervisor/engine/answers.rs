@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::poll::PollFlags;
 use nix::unistd::Pid;
 
-use super::{ALIVE_INTERVAL, DRAIN_COUNT_INTERVAL, Supervisor};
+use super::{ALIVE_INTERVAL, Supervisor};
 use crate::control::messages::{
     AcceptedEvent, Event as Said, LastUpgrade, Outcome, Request, ResultEvent, StageEvent, StageName, UpgradeRequest,
     Wait,
@@ -13,7 +13,6 @@ use crate::control::messages::{
 use crate::control::server::{Asked, ClientId};
 use crate::engine::milliseconds_since;
 use crate::shared::unix_ms;
-use crate::supervisor::connections;
 use crate::supervisor::machine::{Event, Phase, Refusal, WorkerId};
 
 /// Who asked for an upgrade, and is told how it went.
@@ -33,27 +32,34 @@ impl Requester {
     }
 }
 
-/// The upgrade under way.
+/// What is asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verb {
+    Upgrade,
+    /// The old workers end before the new ones are started, with what they have open.
+    Restart,
+}
+
+impl std::fmt::Display for Verb {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if *self == Self::Restart { "restart" } else { "upgrade" })
+    }
+}
+
+/// The upgrade under way, or restart.
 pub(super) struct Attempt {
     pub(super) requester: Requester,
     pub(super) begun: Instant,
-    generation: u64,
+    pub(super) generation: u64,
+    pub(super) verb: Verb,
+    /// Connections that were closed before they had ended.
+    pub(super) cut: usize,
     /// Why a worker could not be started.
     pub(super) cause: Option<String>,
 }
 
-/// The older generations after an upgrade, for one who waits for their end.
-pub(super) struct Drain {
-    client: ClientId,
-    begun: Instant,
-    /// The one that serves; older ones are waited for.
-    pub(super) generation: u64,
-    pub(super) cut: usize,
-    result: ResultEvent,
-}
-
-fn stage(stage: StageName, begun: Instant) -> StageEvent {
-    StageEvent { stage, at_ms: milliseconds_since(begun), pid: None, reason: None, claims: None, connections: None }
+pub(super) fn stage(stage: StageName, begun: Instant) -> StageEvent {
+    StageEvent::new(stage, milliseconds_since(begun))
 }
 
 impl Supervisor {
@@ -73,13 +79,16 @@ impl Supervisor {
             Request::Upgrade(request) => {
                 self.accept(client);
                 let wait = request.wait.unwrap_or_default();
-                self.begin(request, Requester::Client(client, wait));
+                self.begin(Verb::Upgrade, &request, Requester::Client(client, wait));
+            }
+            Request::Restart(request) => {
+                self.accept(client);
+                self.begin(Verb::Restart, &request, Requester::Client(client, Wait::Healthy));
             }
             Request::Stop { drain_timeout_ms } => {
                 self.accept(client);
                 self.stop_clients.push((client, Instant::now()));
-                self.last_count = None;
-                self.timers.drain_count = Some(Instant::now());
+                self.count_from_now();
                 self.schedule_alive();
                 let timeout = drain_timeout_ms.map(Duration::from_millis);
                 // Asking again is not what a second signal is: nothing is cut before its time.
@@ -104,21 +113,20 @@ impl Supervisor {
         self.server.finish(client, &Said::Result(result));
     }
 
-    /// An upgrade is asked for.
-    pub(super) fn begin(&mut self, request: UpgradeRequest, requester: Requester) {
-        if let Some(refusal) = self.machine.refusal() {
+    pub(super) fn begin(&mut self, verb: Verb, request: &UpgradeRequest, requester: Requester) {
+        let order = self.order(verb, request);
+        if let Some(refusal) = self.machine.refusal_of(&order) {
             let busy = ResultEvent::new(Outcome::Busy, self.words_for_refusal(refusal));
-            log::warn!("upgrade refused: {}", busy.message);
+            log::warn!("{verb} refused: {}", busy.message);
             return requester.client().into_iter().for_each(|client| self.finish_with(client, busy.clone()));
         }
         let (begun, generation) = (Instant::now(), self.machine.generation() + 1);
-        self.attempt = Some(Attempt { requester, begun, generation, cause: None });
+        self.attempt = Some(Attempt { requester, begun, verb, generation, cut: 0, cause: None });
         self.tell_manager_of_upgrade();
-        match self.recipe.build(&request, self.previous.as_ref()) {
+        match self.recipe.build(request, self.previous.as_ref()) {
             Ok(build) => {
                 self.new = Some(build);
                 self.schedule_alive();
-                let order = self.order(&request);
                 self.tell(Event::Upgrade(order));
             }
             Err(error) => self.report(Outcome::Failed, error.to_string(), None),
@@ -140,9 +148,10 @@ impl Supervisor {
         }
     }
 
-    fn say_to_requester(&mut self, event: StageEvent) {
-        log::info!("upgrade: {} after {:.1} ms", event.stage, event.at_ms);
-        if let Some(client) = self.attempt.as_ref().and_then(|attempt| attempt.requester.client()) {
+    pub(super) fn say_to_requester(&mut self, event: StageEvent) {
+        let Some(attempt) = &self.attempt else { return };
+        log::info!("{}: {} after {:.1} ms", attempt.verb, event.stage, event.at_ms);
+        if let Some(client) = attempt.requester.client() {
             self.server.send(client, &Said::Stage(event));
         }
     }
@@ -169,32 +178,29 @@ impl Supervisor {
 
     pub(super) fn all_are_ready(&mut self) {
         if let Some(Attempt { requester: Requester::Client(client, Wait::Ready), .. }) = self.attempt {
-            let result = self.upgraded();
+            let result = self.done();
             self.finish_with(client, result);
         }
     }
 
     /// All that is left of the upgrade is that the old ones drain.
     pub(super) fn announce_commit(&mut self) {
-        let Some(begun) = self.attempt.as_ref().map(|attempt| attempt.begun) else { return };
-        self.say_to_requester(stage(StageName::Healthy, begun));
-        self.say_to_requester(stage(StageName::Committed, begun));
-        let result = self.upgraded();
+        let Some(Attempt { verb, begun, .. }) = self.attempt else { return };
+        if verb == Verb::Upgrade {
+            self.say_to_requester(stage(StageName::Healthy, begun));
+            self.say_to_requester(stage(StageName::Committed, begun));
+        }
+        let result = self.done();
         let Some(attempt) = self.attempt.take() else { return };
         self.remember(&result);
         match attempt.requester {
             Requester::Client(client, Wait::Healthy) => self.finish_with(client, result),
-            Requester::Client(client, Wait::Drained) => {
-                let generation = attempt.generation;
-                self.drains.push(Drain { client, begun, generation, cut: 0, result });
-                self.last_count = None;
-                self.timers.drain_count = Some(Instant::now());
-            }
+            Requester::Client(client, Wait::Drained) => self.wait_for_drain(&attempt, client, result),
             Requester::Client(_, Wait::Ready) | Requester::Nobody => {}
         }
     }
 
-    fn upgraded(&self) -> ResultEvent {
+    fn done(&self) -> ResultEvent {
         let Some(attempt) = &self.attempt else { return ResultEvent::new(Outcome::Upgraded, "upgraded") };
         let generation = attempt.generation;
         let new = self.machine.workers().filter(|(_, worker)| worker.generation == generation);
@@ -203,66 +209,21 @@ impl Supervisor {
             [pid] => format!("pid {pid}"),
             pids => format!("{} workers", pids.len()),
         };
+        let (outcome, how) = match attempt.verb {
+            Verb::Upgrade => (Outcome::Upgraded, "upgraded to"),
+            Verb::Restart => (Outcome::Restarted, "restarted as"),
+        };
         ResultEvent {
             at_ms: Some(milliseconds_since(attempt.begun)),
             pid: Some(std::process::id().cast_signed()),
             generation: Some(generation),
-            ..ResultEvent::new(Outcome::Upgraded, format!("upgraded to generation {generation} ({who})"))
+            ..ResultEvent::new(outcome, format!("{how} generation {generation} ({who})"))
         }
     }
 
     pub(super) fn remember(&mut self, result: &ResultEvent) {
         let (outcome, message) = (result.result, result.message.clone());
         self.last_upgrade = Some(LastUpgrade { result: outcome, message, at_unix_ms: unix_ms(SystemTime::now()) });
-    }
-
-    /// Answers those who wait for older generations that are gone.
-    pub(super) fn end_drains(&mut self) {
-        let oldest = self.machine.workers().map(|(_, worker)| worker.generation).min().unwrap_or(u64::MAX);
-        let (over, left): (Vec<Drain>, Vec<Drain>) =
-            std::mem::take(&mut self.drains).into_iter().partition(|drain| drain.generation <= oldest);
-        self.drains = left;
-        for drain in over {
-            let result = ResultEvent { at_ms: Some(milliseconds_since(drain.begun)), ..drain.result };
-            self.finish_with(drain.client, with_cut(result, drain.cut));
-        }
-    }
-
-    pub(super) fn answer_stopped(&mut self) {
-        log::info!("stopped");
-        for (client, begun) in std::mem::take(&mut self.stop_clients) {
-            let message = format!("process {} stopped", std::process::id());
-            let result = ResultEvent::new(Outcome::Stopped, message);
-            let result = ResultEvent { at_ms: Some(milliseconds_since(begun)), ..result };
-            self.finish_with(client, with_cut(result, self.cut));
-        }
-        self.end_drains();
-    }
-
-    /// The count of open connections, to those who wait for a drain, when it has changed.
-    pub(super) fn announce_drain_count(&mut self) {
-        let waiting: Vec<(ClientId, Instant)> = self
-            .drains
-            .iter()
-            .map(|drain| (drain.client, drain.begun))
-            .chain(self.stop_clients.iter().copied())
-            .collect();
-        let pids: Vec<Pid> = self.draining_workers().iter().map(|(_, pid)| *pid).collect();
-        if waiting.is_empty() || pids.is_empty() {
-            return;
-        }
-        let begun = Instant::now();
-        let open = connections::open(&pids, &self.sockets.addresses()).iter().sum();
-        // Where there are a great many sockets it takes its time, and must not take all of it.
-        self.timers.drain_count = Some(Instant::now() + DRAIN_COUNT_INTERVAL.max(10 * begun.elapsed()));
-        if self.last_count == Some(open) {
-            return;
-        }
-        self.last_count = Some(open);
-        for (client, begun) in waiting {
-            let event = StageEvent { connections: Some(open), ..stage(StageName::Draining, begun) };
-            self.server.send(client, &Said::Stage(event));
-        }
     }
 
     pub(super) fn schedule_alive(&mut self) {
@@ -285,14 +246,4 @@ impl Supervisor {
             self.schedule_alive();
         }
     }
-}
-
-fn with_cut(result: ResultEvent, cut: usize) -> ResultEvent {
-    let connections = match cut {
-        0 => return result,
-        1 => "1 connection was".to_owned(),
-        _ => format!("{cut} connections were"),
-    };
-    let message = format!("{}; {connections} closed at the drain deadline", result.message);
-    ResultEvent { result: Outcome::Cut, message, cut: Some(cut), ..result }
 }

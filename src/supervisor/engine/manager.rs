@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::Supervisor;
+use super::answers::Verb;
 use crate::supervisor::machine::Phase;
 
 impl Supervisor {
@@ -34,9 +35,9 @@ impl Supervisor {
     }
 
     pub(super) fn tell_manager_of_upgrade(&self) {
-        if let Some(notifier) = &self.notifier {
-            notifier.reloading(&format!("upgrading to generation {}", self.machine.generation() + 1));
-        }
+        let (Some(notifier), Some(attempt)) = (&self.notifier, &self.attempt) else { return };
+        let how = if attempt.verb == Verb::Restart { "restarting as" } else { "upgrading to" };
+        notifier.reloading(&format!("{how} generation {}", attempt.generation));
     }
 
     pub(super) fn tell_manager_of_crashes(&self) {

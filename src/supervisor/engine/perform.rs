@@ -34,6 +34,7 @@ impl Supervisor {
                     log::error!("process {} was killed and does not end: it is waited for no longer", worker.pid);
                 }
             }
+            Action::Cleared => self.announce_cleared(),
             Action::AllReady => self.all_are_ready(),
             Action::Commit => self.commit(),
             Action::Fail { failure, worker, in_trial } => self.fail(failure, worker, in_trial),
@@ -113,16 +114,12 @@ impl Supervisor {
     }
 
     fn cut(&mut self, id: WorkerId) {
-        let (Some(worker), Some(generation)) =
-            (self.workers.get_mut(&id), self.machine.worker(id).map(|worker| worker.generation))
-        else {
-            return;
-        };
+        let Some(worker) = self.workers.get_mut(&id) else { return };
         let open = connections::open(&[worker.pid], &self.sockets.addresses()).first().copied().unwrap_or(0);
         log::warn!("process {} was told to stop and has not ended: it is killed, with {open} connections", worker.pid);
         worker.kill();
-        self.cut += open;
-        self.drains.iter_mut().filter(|drain| drain.generation > generation).for_each(|drain| drain.cut += open);
+        worker.open = 0;
+        self.count_cut(id, open);
     }
 
     fn commit(&mut self) {

@@ -64,6 +64,11 @@ impl Supervisor {
         worker.exit = Some(words);
         // Its last words: a pipe holds no more than that.
         self.blocked.extend(worker.pass_on());
+        // One that ends by the very signal that tells it to stop has finished nothing.
+        let open = std::mem::take(&mut worker.open);
+        if matches!(status, WaitStatus::Signaled(..)) {
+            self.count_cut(id, open);
+        }
         let drained = self.draining_workers().iter().any(|(other, _)| *other == id);
         self.tell(Event::Exited(id));
         if let Some(worker) = self.workers.remove(&id) {

@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use super::Supervisor;
-use super::answers::Requester;
+use super::answers::{Requester, Verb};
 use crate::control::messages::{Outcome, ResultEvent};
 use crate::engine::advice::advice_for_exit;
 use crate::engine::milliseconds_since;
 use crate::error::{Error, ErrorKind};
-use crate::supervisor::machine::{Failure, WorkerId};
+use crate::supervisor::machine::{Failure, Stage, WorkerId};
 
 /// How long a process that was given up may take to be gone before the failure is told all the same.
 const REPORT_PATIENCE: Duration = Duration::from_secs(1);
@@ -80,11 +80,17 @@ impl Supervisor {
     pub(super) fn report(&mut self, outcome: Outcome, what: String, details: Option<ResultEvent>) {
         let Some(attempt) = self.attempt.take() else { return };
         let (pid, generation) = (std::process::id(), self.machine.generation());
-        let verdict = if outcome == Outcome::RolledBack { "rolled back" } else { "not upgraded" };
+        let verdict = match (outcome, attempt.verb) {
+            (Outcome::RolledBack, _) => "rolled back",
+            (_, Verb::Upgrade) => "not upgraded",
+            (_, Verb::Restart) => "not restarted",
+        };
+        let is_served =
+            self.machine.workers().any(|(_, worker)| worker.generation == generation && worker.stage == Stage::Ready);
         let serves = match outcome {
             Outcome::Ended => format!("process {pid} is draining"),
-            _ if !self.options.overlap => format!("generation {generation} is started again"),
-            _ => format!("generation {generation} serves on"),
+            _ if is_served => format!("generation {generation} serves on"),
+            _ => format!("generation {generation} is started again"),
         };
         let result = ResultEvent {
             message: format!("{verdict}: {what}; {serves}"),

@@ -7,6 +7,7 @@ use super::{Action, Build, Doing, Failure, KILL_TIMEOUT, Machine, Order, Roll, S
 impl Machine {
     pub(super) fn roll(&mut self, order: Order, now: Instant) {
         let generation = self.generation + 1;
+        self.overlap = order.overlap;
         self.doing = Doing::Rolling(Roll { order, generation, slots: 0..0, step: Step::Starting });
         self.next_step(now);
     }
@@ -41,18 +42,29 @@ impl Machine {
         let Doing::Rolling(roll) = &self.doing else { return };
         let (slots, generation, timeout) = (roll.slots.clone(), roll.generation, roll.order.drain_timeout);
         self.crashes.retain(|slot, _| !slots.contains(slot));
+        let limit = after(timeout, now).filter(|_| !roll.order.overlap);
         self.tell_to_stop(timeout, now, |worker| worker.generation < generation && slots.contains(&worker.slot));
+        // Those that drain already are waited for as well, and no longer than the others.
+        for worker in self.workers.values_mut().filter(|worker| slots.contains(&worker.slot)) {
+            if let (Stage::Stopping { deadline }, Some(limit)) = (&mut worker.stage, limit) {
+                *deadline = Some(deadline.map_or(limit, |earlier| earlier.min(limit)));
+            }
+        }
     }
 
     /// Whether the step has come to its next part.
     pub(super) fn look_at_step(&mut self, now: Instant) {
         let Doing::Rolling(roll) = &mut self.doing else { return };
         let in_step = |worker: &&Worker| roll.slots.contains(&worker.slot);
+        let all_are_gone = !self.workers.values().any(|worker| in_step(&worker));
         let old_are_gone = !self.workers.values().filter(in_step).any(|worker| worker.generation < roll.generation);
         let new = self.workers.values().filter(in_step).filter(|worker| worker.generation == roll.generation);
         let ready = new.filter(|worker| worker.stage == Stage::Ready).count() == roll.slots.len();
         match roll.step {
-            Step::Clearing if old_are_gone => self.start_step(now),
+            Step::Clearing if all_are_gone => {
+                self.actions.push(Action::Cleared);
+                self.start_step(now);
+            }
             Step::Retiring if old_are_gone => self.next_step(now),
             Step::Starting if ready => {
                 roll.step = Step::Trial { until: now + roll.order.trial };
@@ -82,6 +94,7 @@ impl Machine {
     fn commit(&mut self, now: Instant) {
         let Doing::Rolling(roll) = std::mem::replace(&mut self.doing, Doing::Nothing) else { return };
         self.generation = roll.generation;
+        self.overlap = self.policy.overlap;
         self.crashes.clear();
         self.actions.push(Action::Commit);
         self.tell_to_stop(roll.order.drain_timeout, now, |worker| worker.generation < roll.generation);
@@ -96,7 +109,7 @@ impl Machine {
         for (id, new) in self.workers.iter_mut().filter(|(_, worker)| worker.generation == roll.generation) {
             match new.stage {
                 Stage::Ready if self.generation > 0 => {
-                    if served.contains(&new.slot) || !self.policy.overlap {
+                    if served.contains(&new.slot) || !self.overlap {
                         new.stage = Stage::Stopping { deadline: after(roll.order.drain_timeout, now) };
                         self.actions.push(Action::Stop(*id));
                     }

@@ -12,7 +12,7 @@ impl Machine {
     pub(super) fn refill(&mut self, now: Instant) {
         for slot in 0..self.policy.workers {
             let mut here = self.workers.values().filter(|worker| worker.slot == slot);
-            let taken = match self.policy.overlap {
+            let taken = match self.overlap {
                 true => here.any(|worker| worker.generation == self.generation && worker.is_up()),
                 false => here.next().is_some(),
             };
@@ -59,7 +59,7 @@ impl Machine {
             Stage::Stopping { .. } | Stage::Killed { .. } => {}
         }
         match self.doing {
-            Doing::Nothing if !self.policy.overlap => self.refill(now),
+            Doing::Nothing if !self.overlap => self.refill(now),
             _ => self.look_at_step(now),
         }
         self.finish_if_all_are_gone();

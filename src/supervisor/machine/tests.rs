@@ -249,6 +249,30 @@ fn without_overlap_the_old_one_goes_first_and_comes_back_if_the_new_one_fails() 
     assert_eq!(driven.spawned(), [(3, 2, Build::Committed)]);
 }
 
+/// A restart of a program that usually runs twice in an upgrade.
+#[test]
+fn a_restart_ends_all_at_once_also_those_that_drain_and_comes_back_if_the_new_build_fails() {
+    let restart = Order { overlap: false, trial: Duration::ZERO, drain_timeout: 10 * SECOND, ..order() };
+    let mut driven = Driven::serving(1);
+    driven.tell(Event::Upgrade(Order { trial: Duration::ZERO, drain_timeout: Duration::ZERO, ..order() }));
+    driven.tell(Event::Ready(1));
+    assert_eq!(driven.tell(Event::Upgrade(restart)), [Action::Stop(1)]);
+    assert_eq!(driven.tell(Event::Exited(1)), []);
+    // The first would drain for ever.
+    assert_eq!(driven.after(10 * SECOND), [Action::Cut(0)]);
+    driven.tell(Event::Exited(0));
+    assert_eq!((driven.actions[0], driven.spawned()), (Action::Cleared, vec![(2, 3, Build::New)]));
+    // Two never run at once on the way back either.
+    driven.after(30 * SECOND);
+    assert_eq!((driven.actions[0], driven.spawned()), (Action::Dismiss(2), vec![]));
+    driven.tell(Event::Exited(2));
+    assert_eq!(driven.spawned(), [(3, 2, Build::Committed)]);
+    driven.tell(Event::Ready(3));
+    // The next upgrade is one as before.
+    driven.tell(Event::Upgrade(order()));
+    assert_eq!(driven.spawned(), [(4, 3, Build::New)]);
+}
+
 #[test]
 fn scaling_starts_and_stops_workers_of_the_committed_build() {
     let mut driven = Driven::serving(2);
@@ -271,9 +295,11 @@ fn somebody_always_serves() {
         seed ^= seed << 17;
         seed % below
     };
-    for _ in 0..2000 {
+    for round in 0..3000 {
         let workers = 1 + random(3) as usize;
         let mut driven = Driven::serving(workers);
+        // A restart takes them all away, to start others when they are gone.
+        let restarts = round % 3 == 0;
         for _ in 0..60 {
             let ids: Vec<WorkerId> = driven.machine.workers().map(|(id, _)| id).collect();
             let any = ids.get(random(ids.len().max(1) as u64) as usize).copied().unwrap_or_default();
@@ -286,6 +312,7 @@ fn somebody_always_serves() {
             };
             let before = was_ready(&driven.machine);
             let (event, died) = match random(8) {
+                0 if restarts => (Event::Upgrade(Order { overlap: random(2) == 0, ..order() }), None),
                 0 => (Event::Upgrade(Order { step: 1 + random(3) as usize, ..order() }), None),
                 1 | 2 => (Event::Ready(any), None),
                 3 => (Event::Exited(any), Some(any)),
@@ -296,7 +323,7 @@ fn somebody_always_serves() {
             driven.tell(event);
             let survivors = before.iter().filter(|id| Some(**id) != died).count();
             let serve = was_ready(&driven.machine).len();
-            assert!(survivors == 0 || serve > 0, "{:?} {:?}", driven.actions, driven.machine);
+            assert!(survivors == 0 || serve > 0 || restarts, "{:?} {:?}", driven.actions, driven.machine);
         }
         // Everybody behaves from now on.
         for _ in 0..200 {
