@@ -74,6 +74,8 @@ mod inherit;
 #[cfg(test)]
 mod model;
 mod state;
+#[cfg(feature = "cli")]
+mod saved;
 mod channel;
 mod protocol;
 mod listeners;

@@ -89,6 +89,7 @@ pub(crate) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<Option<Kind>> {
 
 /// How a listener came to this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize))]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Source {
@@ -238,6 +239,14 @@ impl Listeners {
             by_name.entry(one.name.clone()).or_default().push(one);
         }
         Self { inherited: by_name, entries: BTreeMap::new(), closed_names: vec![] }
+    }
+
+    /// All of them, as they were in this process before it was replaced.
+    #[cfg(feature = "cli")]
+    pub(crate) fn resumed(inherited: Vec<Inherited>, gate: &Gate) -> Self {
+        let mut listeners = Self::new(vec![]);
+        listeners.entries = inherited.into_iter().map(|one| (one.name.clone(), entry_of(one, gate))).collect();
+        listeners
     }
 
     /// In the order of their names.
