@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use socket2::SockRef;
@@ -20,6 +21,11 @@ pub use options::{TcpOptions, UnixOptions};
 use crate::error::{Error, ErrorKind};
 use crate::gate::{Gate, GatedSocket};
 use crate::protocol::{Claims, Kind, OfferedListener, PathIdentity, name_is_valid};
+use crate::systemd;
+
+/// systemd closes what it takes out of its store on a thread of its own, and says nothing when that is done.
+const FORGET_TIMEOUT: Duration = Duration::from_secs(2);
+const FORGET_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Where a socket is bound.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -226,18 +232,20 @@ impl Wanted<'_> {
 pub(crate) struct Listeners {
     /// By name; a service manager may give one name to several sockets.
     inherited: BTreeMap<String, Vec<Inherited>>,
+    /// No other process serves what was inherited: the run that it comes from has ended.
+    alone: bool,
     entries: BTreeMap<String, Entry>,
     /// Unclaimed and closed.
     closed_names: Vec<String>,
 }
 
 impl Listeners {
-    pub(crate) fn new(inherited: Vec<Inherited>) -> Self {
+    pub(crate) fn new(inherited: Vec<Inherited>, alone: bool) -> Self {
         let mut by_name: BTreeMap<String, Vec<Inherited>> = BTreeMap::new();
         for one in inherited {
             by_name.entry(one.name.clone()).or_default().push(one);
         }
-        Self { inherited: by_name, entries: BTreeMap::new(), closed_names: vec![] }
+        Self { inherited: by_name, alone, entries: BTreeMap::new(), closed_names: vec![] }
     }
 
     /// In the order of their names.
@@ -289,19 +297,20 @@ impl Listeners {
         Some(taken)
     }
 
-    fn bind(&self, wanted: &Wanted<'_>, gate: &Gate) -> Result<Entry, Error> {
-        let bound = bind::bind(wanted).map_err(|error| {
-            let in_use = error.cause_is(io::ErrorKind::AddrInUse);
-            match self.inherited.get(wanted.name).and_then(|same_name| same_name.first()) {
-                Some(moved) if in_use => error.mend(format!(
-                    "the listener was handed over with the address {}; while the old process holds that, an address \
-                     that overlaps it cannot be bound: use a name of its own and a port of its own, or `handover stop` \
-                     and start again",
+    fn bind(&mut self, wanted: &Wanted<'_>, gate: &Gate) -> Result<Entry, Error> {
+        let in_use = |error: &Error| error.cause_is(io::ErrorKind::AddrInUse);
+        let bound = match bind::bind(wanted) {
+            Err(error) if in_use(&error) => match self.moved(wanted.name) {
+                None => Err(error),
+                Some(_) if self.alone => self.bind_in_place_of_moved(wanted),
+                Some(moved) => Err(error.mend(format!(
+                    "it was handed over with the address {}, and nothing that overlaps it can be bound while the old \
+                     process holds it: choose another name and port, or `handover restart`",
                     moved.address
-                )),
-                _ => error,
-            }
-        })?;
+                ))),
+            },
+            bound => bound,
+        }?;
         let socket = gate.guard(Arc::new(bound.fd));
         Ok(Entry {
             name: wanted.name.to_owned(),
@@ -315,6 +324,29 @@ impl Listeners {
             socket,
             pending: Pending::default(),
         })
+    }
+
+    /// What was inherited under a name that has another address now.
+    fn moved(&self, name: &str) -> Option<&Inherited> {
+        self.inherited.get(name)?.iter().find(|one| !one.activated)
+    }
+
+    /// Closes the old socket first: nobody serves on it any more. The service manager may hold it too.
+    fn bind_in_place_of_moved(&mut self, wanted: &Wanted<'_>) -> Result<bind::Bound, Error> {
+        if let Some(same_name) = self.inherited.get_mut(wanted.name) {
+            same_name.retain(|one| one.activated);
+        }
+        log::info!("listener `{}` moves to {}: the old one is closed", wanted.name, wanted.address);
+        let wait = if systemd::forget_stored(wanted.name) { FORGET_TIMEOUT } else { Duration::ZERO };
+        let deadline = Instant::now() + wait;
+        loop {
+            match bind::bind(wanted) {
+                Err(error) if error.cause_is(io::ErrorKind::AddrInUse) && Instant::now() < deadline => {
+                    std::thread::sleep(FORGET_INTERVAL);
+                }
+                bound => return bound,
+            }
+        }
     }
 
     /// What became of the listeners so far.

@@ -12,7 +12,7 @@ use super::exit::{Exit, Failure};
 use super::journal::error_prefix;
 
 /// Of a line of the new build, so that the reason above it stays in sight; `--json` has all that was kept.
-const LINE_CHARS_MAX: usize = 200;
+const LINE_CHARS_MAX: usize = 500;
 
 pub(crate) struct Output {
     json: bool,
