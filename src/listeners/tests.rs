@@ -185,3 +185,15 @@ fn abstract_and_dual_stack_addresses_are_read_back() {
     std::net::TcpStream::connect(("127.0.0.1", address.port())).unwrap();
     std::net::TcpStream::connect(("::1", address.port())).unwrap();
 }
+
+/// What was settled is forgotten: its name is free again.
+#[test]
+fn a_name_whose_listener_was_closed_can_be_asked_for_again() {
+    let (mut new, gate) =
+        (Listeners::new(handed_over(&[tcp("a", "127.0.0.1:0"), tcp("b", "127.0.0.1:0")]), false), gate());
+    new.claim(&tcp("a", "127.0.0.1:0"), &gate).unwrap();
+    new.settle_unclaimed(Unclaimed::Close, &gate);
+    assert_eq!(new.closed_names(), ["b"]);
+    assert_eq!(new.claim(&tcp("b", "127.0.0.1:0"), &gate).unwrap().source, Source::Bound);
+    assert!(new.claim(&tcp("b", "127.0.0.1:0"), &gate).is_err());
+}
