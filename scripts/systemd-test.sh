@@ -114,8 +114,8 @@ trap 'exit 143' TERM HUP
 built="$(target_directory)/debug"
 mkdir "$bin/programs"
 chmod 755 "$bin" "$bin/programs"
-ln "$built/handover" "$built"/examples/{fixture,oracle,axum} "$bin/programs" 2>/dev/null ||
-    cp "$built/handover" "$built"/examples/{fixture,oracle,axum} "$bin/programs"
+ln "$built/handover" "$built"/examples/{fixture,plain,oracle,axum} "$bin/programs" 2>/dev/null ||
+    cp "$built/handover" "$built"/examples/{fixture,plain,oracle,axum} "$bin/programs"
 mkdir "$group" || die "no cgroup can be made below $unified"
 
 unshare --mount --pid --fork --kill-child=KILL --uts --ipc --net -- \

@@ -7,6 +7,7 @@
 #   unit     the library's own tests and the examples in its documentation
 #   it       tests with real processes
 #   python   the protocol, played from each side by Python as docs/protocol.md tells it
+#   programs real programs under `handover exec`, in Node, Python and Perl, and nginx and HAProxy where they are installed
 #   systemd  scripts/systemd-test.sh: the servers under a real systemd, in namespaces of its own
 #   demo     scripts/demo.sh
 #   load     scripts/load.sh: 50 upgrades under load, in a network namespace of its own
@@ -17,7 +18,7 @@
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
-all=(shell unit it python systemd demo load soak)
+all=(shell unit it python programs systemd demo load soak)
 parts=()
 for argument in "$@"; do
     case $argument in
@@ -33,6 +34,11 @@ needs() {
     case $1 in
         shell) echo shellcheck:shellcheck ;;
         python) echo python3:python3 ;;
+        programs)
+            echo python3:python3 node:nodejs perl:perl
+            # Elsewhere they are not installed, since that starts them.
+            [[ ${CI:-} != true ]] || echo nginx:nginx-light haproxy:haproxy
+            ;;
         systemd) echo systemctl:systemd python3:python3 unshare:util-linux findmnt:util-linux ;;
         load) echo wrk:wrk h2load:nghttp2-client ip:iproute2 unshare:util-linux ;;
     esac
@@ -96,6 +102,10 @@ run() {
         python)
             cargo build --all-features --examples --bins
             python3 -m unittest discover tests/python
+            ;;
+        programs)
+            cargo build --all-features --examples --bins
+            HANDOVER_BIN="$(target_directory)/debug" python3 -m unittest discover --verbose tests/programs
             ;;
         systemd) scripts/systemd-test.sh ;;
         demo) scripts/demo.sh --upgrades 3 ;;

@@ -2,13 +2,16 @@
 
 mod build;
 mod check;
+mod exec;
 mod exit;
 mod generate;
 mod interrupt;
 mod journal;
+mod options_file;
 mod output;
 mod ps;
 mod restart;
+mod scale;
 mod status;
 mod stop;
 mod upgrade;
@@ -19,8 +22,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use handover::ErrorKind;
-use handover::control::Target;
+use handover::control::{Client, Target, services};
 
+pub(crate) use exec::NOT_EXECUTED;
 pub(crate) use exit::Exit;
 use exit::Failure;
 pub(crate) use journal::log_to_stderr;
@@ -40,7 +44,9 @@ use output::Output;
     handover upgrade --pid 4711          start the new build and hand over to it\n  \
     handover status --pid 4711           what serves now, and what came of the last upgrade\n  \
     handover restart --pid 4711          end it, then start the new build; clients wait\n  \
-    handover stop --pid 4711             finish the open connections, then exit\n\n\
+    handover stop --pid 4711             finish the open connections, then exit\n  \
+    handover exec --listen 8080 -- node server.js\n                                       \
+    keep a pid and the sockets for any program\n\n\
     Exit codes:\n  \
     0  done\n  \
     1  failed, the old build serves on\n  \
@@ -64,6 +70,8 @@ enum Verb {
     Ps(ps::Arguments),
     Stop(stop::Arguments),
     Check(check::Arguments),
+    Exec(exec::Arguments),
+    Scale(scale::Arguments),
 }
 
 /// Which process is asked.
@@ -79,6 +87,9 @@ pub(crate) struct Which {
     /// The path of its control socket
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// The name that `handover exec --name` gave it
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
 }
 
 impl Which {
@@ -87,13 +98,18 @@ impl Which {
         if let Some(file) = &self.pid_file {
             return pid_in(file).map(Some);
         }
+        if let Some(name) = &self.name {
+            return named(name).map(Some);
+        }
         Ok(self.pid.map(Target::Pid).or_else(|| self.socket.clone().map(Target::Socket)))
     }
 
     /// For what changes something: it must be named.
     fn named_target(&self) -> Result<Target, Failure> {
         self.target()?.ok_or_else(|| {
-            Failure::usage("which process? Name it with --pid, --pid-file or --socket (`handover ps` lists them)")
+            Failure::usage(
+                "which process? Name it with --pid, --pid-file, --socket or --name (`handover ps` lists them)",
+            )
         })
     }
 }
@@ -106,6 +122,25 @@ fn pid_in(file: &PathBuf) -> Result<Target, Failure> {
     match text.trim().parse() {
         Ok(pid) if pid > 0 => Ok(Target::Pid(pid)),
         _ => Err(Failure::usage(format!("the pid file {} has no pid in it (is it the right file?)", file.display()))),
+    }
+}
+
+/// Of all services that this user can see, the one of that name.
+fn named(name: &str) -> Result<Target, Failure> {
+    let status = |pid| Client::connect(&Target::Pid(pid))?.patience(ps::PATIENCE)?.status();
+    let is_it = |pid: &i32| status(*pid).is_ok_and(|status| status.name.as_deref() == Some(name));
+    let found: Vec<i32> = services().into_iter().map(|service| service.pid).filter(is_it).collect();
+    match found.as_slice() {
+        [pid] => Ok(Target::Pid(*pid)),
+        [] => {
+            let message =
+                format!("no service named `{name}` runs here that this user can see (`handover ps` lists them)");
+            Err(Failure::new(Exit::NotRunning, message))
+        }
+        several => {
+            let pids: Vec<String> = several.iter().map(ToString::to_string).collect();
+            Err(Failure::usage(format!("which `{name}`? There are {}: name one with --pid", pids.join(", "))))
+        }
     }
 }
 
@@ -176,6 +211,11 @@ fn do_verb(arguments: Arguments) -> Exit {
             let mut output = Output::new(arguments.json);
             (stop::run(&arguments, &mut output), output)
         }
+        Verb::Scale(arguments) => {
+            let mut output = Output::new(arguments.json);
+            (scale::run(&arguments, &mut output), output)
+        }
+        Verb::Exec(arguments) => (exec::run(arguments), Output::new(false)),
         Verb::Check(arguments) => {
             let mut output = Output::new(arguments.json);
             (check::run(&arguments, &mut output), output)

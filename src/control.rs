@@ -10,10 +10,12 @@ pub(crate) mod messages;
 pub(crate) mod server;
 
 pub use client::{Answer, Client};
+#[cfg(feature = "cli")]
+pub(crate) use find::unix_sockets;
 pub use find::{Service, Target, services};
 pub use messages::{
     AcceptedEvent, BuildIdentity, ConnectionCounts, LastUpgrade, Limits, ListenerStatus, Outcome, ResultEvent,
-    StageEvent, StageName, State, Status, UpgradeRequest, Wait,
+    StageEvent, StageName, State, Status, UpgradeRequest, Wait, WorkerStatus,
 };
 
 /// The longest request line.

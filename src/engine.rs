@@ -1,7 +1,7 @@
 //! The thread that drives both state machines: it waits for whatever can happen, tells the machine, and does what the
 //! machine answers. Nothing here decides about stages; nothing here blocks.
 
-mod advice;
+pub(crate) mod advice;
 mod announce;
 mod attempt;
 mod manager;
@@ -30,7 +30,11 @@ use crate::shared::Shared;
 use crate::systemd::Notifier;
 use crate::upgrade::{self, Origin, Refusal, Timer, Upgrade};
 
+#[cfg(feature = "cli")]
+pub(crate) use announce::listener_status;
 use attempt::{Attempt, Process, Report, Requester};
+#[cfg(feature = "cli")]
+pub(crate) use attempt::{exit_words, milliseconds_since};
 use new_side::Upstream;
 use restart::Restarted;
 pub(crate) use signals::SignalPipe;
@@ -308,7 +312,8 @@ impl Engine {
             return;
         }
         let Some(Asked { client, request }) = server.read(id) else { return };
-        let accepted = AcceptedEvent { pid: std::process::id().cast_signed(), generation: self.shared.generation };
+        let pid = std::process::id().cast_signed();
+        let accepted = AcceptedEvent { pid, generation: self.shared.generation, supervises: false };
         match request {
             Request::Status => {
                 let status = self.status();
@@ -339,6 +344,10 @@ impl Engine {
                 }
             }
             Request::TakeOver => self.on_take_over(client, accepted),
+            Request::Scale { .. } => {
+                let message = "this process has no workers: it is not run by `handover exec`";
+                server.finish(client, &Said::Result(ResultEvent::new(Outcome::BadRequest, message)));
+            }
         }
     }
 

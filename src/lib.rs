@@ -87,6 +87,9 @@ pub mod hyper;
 #[cfg(feature = "axum")]
 pub mod axum;
 pub mod control;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod supervisor;
 mod sock_diag;
 mod systemd;
 mod pid_file;

@@ -6,6 +6,10 @@ mod cli;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    if let Some(error) = handover::supervisor::run_worker(std::env::args_os()) {
+        eprintln!("handover: {error}");
+        return ExitCode::from(cli::NOT_EXECUTED);
+    }
     cli::log_to_stderr();
     match cli::run() {
         Ok(exit) => exit.into(),

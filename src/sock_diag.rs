@@ -1,6 +1,10 @@
-//! The accept queue of a Unix listener, which only `sock_diag(7)` knows.
+//! What only `sock_diag(7)` knows: the accept queue of a Unix listener, and the open connections of other processes.
 
+#[cfg(feature = "cli")]
+use std::collections::HashSet;
 use std::io;
+#[cfg(feature = "cli")]
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
@@ -19,13 +23,83 @@ const ATTRIBUTES_AT: usize = 32;
 pub(crate) fn unix_accept_backlog(listener: BorrowedFd<'_>) -> io::Result<u32> {
     let inode = nix::sys::stat::fstat(listener)?.st_ino;
     let inode = u32::try_from(inode).map_err(io::Error::other)?;
-    let netlink = Socket::new(Domain::from(libc::AF_NETLINK), Type::DGRAM, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
-    netlink.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let netlink = netlink()?;
     netlink.send(&request(inode))?;
     let mut answer = [0; 512];
     let (count, _) = crate::sys::receive_from(netlink.as_fd(), &mut answer)?;
     let answer = answer.get(..count).unwrap_or_default();
     queue_length(answer).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the kernel does not say"))
+}
+
+fn netlink() -> io::Result<Socket> {
+    let socket = Socket::new(Domain::from(libc::AF_NETLINK), Type::DGRAM, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
+    socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+    Ok(socket)
+}
+
+/// Inodes of the connections of whatever process to the ports of `listeners`. Asked once for each family: the kernel looks
+/// through all of its sockets each time.
+#[cfg(feature = "cli")]
+pub(crate) fn tcp_connections(listeners: &[SocketAddr]) -> io::Result<HashSet<u64>> {
+    let mut found = HashSet::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let of_family = listeners.iter().filter(|listener| listener.is_ipv4() == (family == libc::AF_INET));
+        let ports: HashSet<u16> = of_family.map(SocketAddr::port).collect();
+        if !ports.is_empty() {
+            dump_connections(family, &ports, &mut found)?;
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(feature = "cli")]
+fn dump_connections(family: i32, ports: &HashSet<u16>, found: &mut HashSet<u64>) -> io::Result<()> {
+    /// All but those that wait in a queue, and those that no process holds any more.
+    const STATES: u32 = !(1 << 3 | 1 << 6 | 1 << 10 | 1 << 12);
+    const NLM_F_DUMP: u16 = 0x300;
+    const DUMP_BYTES: u32 = 72;
+    let mut request = Vec::with_capacity(DUMP_BYTES as usize);
+    request.extend(DUMP_BYTES.to_ne_bytes());
+    request.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    request.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    request.extend([0; 8]); // sequence, pid
+    request.extend([family as u8, libc::IPPROTO_TCP as u8, 0, 0]);
+    request.extend(STATES.to_ne_bytes());
+    request.resize(DUMP_BYTES as usize - 8, 0); // any ports, addresses, interface
+    request.extend([0xff; 8]); // any cookie
+    let netlink = netlink()?;
+    netlink.send(&request)?;
+    let mut answer = vec![0; 32 << 10];
+    loop {
+        let (count, _) = crate::sys::receive_from(netlink.as_fd(), &mut answer)?;
+        if !add_inodes(answer.get(..count).unwrap_or_default(), ports, found)? {
+            return Ok(());
+        }
+    }
+}
+
+/// From one datagram of a dump; whether more follow.
+#[cfg(feature = "cli")]
+fn add_inodes(mut messages: &[u8], ports: &HashSet<u16>, found: &mut HashSet<u64>) -> io::Result<bool> {
+    /// `nlmsghdr`, then `inode` of `inet_diag_msg`; its own port, in network order.
+    const INODE_AT: usize = 16 + 68;
+    const PORT_AT: usize = 16 + 4;
+    let port = |bytes: &[u8]| Some(u16::from_be_bytes(bytes.get(PORT_AT..PORT_AT + 2)?.try_into().ok()?));
+    let word = |bytes: &[u8], at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    while let (Some(length), Some(kind)) = (word(messages, 0), messages.get(4..6)) {
+        let kind = u16::from_ne_bytes(kind.try_into().map_err(io::Error::other)?);
+        match i32::from(kind) {
+            libc::NLMSG_DONE => return Ok(false),
+            libc::NLMSG_ERROR => return Err(io::Error::other("the kernel does not say")),
+            _ if port(messages).is_some_and(|port| ports.contains(&port)) => {
+                found.extend(word(messages, INODE_AT).filter(|inode| *inode != 0).map(u64::from));
+            }
+            _ => {}
+        }
+        let length = usize::try_from(length).map_err(io::Error::other)?;
+        messages = messages.get(length.max(16).next_multiple_of(4)..).unwrap_or_default();
+    }
+    Ok(true)
 }
 
 /// `nlmsghdr`, then `unix_diag_req` for one socket of any cookie.
@@ -70,6 +144,21 @@ mod tests {
         let _clients = [UnixStream::connect(&path).unwrap(), UnixStream::connect(&path).unwrap()];
         std::fs::remove_file(&path).unwrap();
         assert_eq!(unix_accept_backlog(listener.as_fd()).unwrap(), 2);
+    }
+
+    #[test]
+    #[cfg(feature = "cli")]
+    fn accepted_connections_are_found_by_the_port_of_their_listener() {
+        use std::net::{TcpListener, TcpStream};
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = TcpListener::bind(address) else { continue };
+            let at = listener.local_addr().unwrap();
+            let inode = |socket: &TcpStream| nix::sys::stat::fstat(socket).unwrap().st_ino;
+            assert_eq!(tcp_connections(&[at]).unwrap(), HashSet::new());
+            let _client = TcpStream::connect(at).unwrap();
+            let (accepted, _) = listener.accept().unwrap();
+            assert_eq!(tcp_connections(&[at]).unwrap(), HashSet::from([inode(&accepted)]));
+        }
     }
 
     #[test]

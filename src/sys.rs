@@ -12,5 +12,7 @@ mod spawn;
 pub(crate) use fds::{FdTable, dup_at_least, fd_from_environment, receive_fds, replace_stderr};
 pub(crate) use pidfd::{pidfd_of_peer, pidfd_open, pidfd_send_signal};
 pub(crate) use signals::ignored_signals;
+#[cfg(feature = "cli")]
+pub(crate) use socket::receive_with_uid;
 pub(crate) use socket::{accept_backlog, receive_from, unread_bytes};
 pub(crate) use spawn::{SpawnRequest, spawn};

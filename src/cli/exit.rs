@@ -29,7 +29,7 @@ impl From<Exit> for ExitCode {
 impl From<Outcome> for Exit {
     fn from(outcome: Outcome) -> Self {
         match outcome {
-            Outcome::Upgraded | Outcome::Stopped | Outcome::Restarted => Self::Done,
+            Outcome::Upgraded | Outcome::Stopped | Outcome::Restarted | Outcome::Scaled => Self::Done,
             Outcome::Cut => Self::Cut,
             Outcome::Busy => Self::Busy,
             Outcome::Ended => Self::NothingServes,

@@ -12,6 +12,7 @@ use clap_complete::{Shell, generate_to};
 use clap_mangen::Man;
 
 use super::exit::{Exit, Failure};
+use super::options_file;
 
 const VERB: &str = "generate";
 const SHELLS: [Shell; 3] = [Shell::Bash, Shell::Zsh, Shell::Fish];
@@ -35,7 +36,8 @@ enum What {
 /// Reads the command line, where this verb is understood too.
 pub(super) fn parse() -> Result<Result<super::Arguments, Arguments>, clap::Error> {
     let verb = Command::new(VERB).hide(true).about("Write the man pages or the shell completions");
-    let matches = definitions().subcommand(Arguments::augment_args(verb)).try_get_matches()?;
+    let command_line = options_file::expand(std::env::args_os().collect(), &definitions())?;
+    let matches = definitions().subcommand(Arguments::augment_args(verb)).try_get_matches_from(command_line)?;
     Ok(match matches.subcommand_matches(VERB) {
         Some(matches) => Err(Arguments::from_arg_matches(matches)?),
         None => Ok(super::Arguments::from_arg_matches(&matches)?),

@@ -1,12 +1,15 @@
 //! Where stderr is the journal its lines say how grave they are: `<3>` to `<7>` at their start, `sd-daemon(3)`.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 
-use env_logger::Env;
 use env_logger::fmt::Formatter;
+use env_logger::{Env, Target, WriteStyle};
 use log::{Level, Record};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::stat::fstat;
+
+const PATIENCE_MS: u8 = 20;
 
 /// What this command and the library log goes to stderr: warnings, or what RUST_LOG says.
 pub(crate) fn log_to_stderr() {
@@ -14,7 +17,31 @@ pub(crate) fn log_to_stderr() {
     if stderr_is_journal() {
         logger.format(write_with_priority);
     }
+    // A supervisor must not stand still when nobody reads what it has to say.
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == "exec") {
+        let style = if io::stderr().is_terminal() { WriteStyle::Always } else { WriteStyle::Never };
+        logger.write_style(style).target(Target::Pipe(Box::new(Impatient)));
+    }
     logger.init();
+}
+
+/// Stderr, but what it does not take at once is lost.
+struct Impatient;
+
+impl Write for Impatient {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let stderr = io::stderr();
+        let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+        // Not after EINTR either: the end of a worker is a signal, and is what there is to tell.
+        match poll(&mut fds, PATIENCE_MS) {
+            Ok(1..) => stderr.lock().write(line),
+            _ => Ok(line.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The start of a message that is printed to stderr and is no log line.

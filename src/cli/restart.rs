@@ -15,11 +15,13 @@ use super::{Which, duration, interrupt, milliseconds};
 /// For servers of which two must never run at once, or that are stuck. The process starts the new build and hands its
 /// listeners over, then closes its open connections and exits; only when it is gone does the new build go on. Clients wait
 /// in the queues of the listeners. A new build that cannot be started, or does not take the listeners, changes nothing
-/// (exit code 1); from then on there is no way back, and exit code 8 says that it did not become ready.
+/// (exit code 1); from then on there is no way back, and exit code 8 says that it did not become ready. Under
+/// `handover exec` the build before is started again instead (exit code 1).
 #[derive(Args, Debug)]
 #[command(after_long_help = "Examples:\n  \
     handover restart --pid 4711\n  \
     handover restart --pid-file /run/app.pid --drain 30s\n  \
+    handover restart --name web                        what `handover exec --name web` runs\n  \
     handover restart --pid 4711 --previous             with the build before")]
 pub(crate) struct Arguments {
     #[command(flatten)]

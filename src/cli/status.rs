@@ -54,7 +54,8 @@ fn render(status: &Status) -> Vec<String> {
     let age = SystemTime::now().duration_since(since).unwrap_or_default();
     let version = status.version.as_ref().map(|version| format!(" {version}")).unwrap_or_default();
     let build = &status.build;
-    let mut lines = vec![
+    let mut lines: Vec<String> = status.name.iter().map(|name| format!("name         {name}")).collect();
+    lines.extend([
         format!("generation   {}, pid {}, {}", status.generation, status.pid, status.state),
         format!("since        {} ({})", humantime::format_rfc3339_seconds(since), lasted(age)),
         format!("program      {}{version}", status.program.display()),
@@ -64,13 +65,17 @@ fn render(status: &Status) -> Vec<String> {
             build.size,
             humantime::format_rfc3339_seconds(at(build.modified_unix_ms))
         ),
-        format!("connections  {} open, {} accepted", status.connections.open, status.connections.accepted),
-    ];
+    ]);
+    lines.push(match status.workers.is_empty() {
+        true => format!("connections  {} open, {} accepted", status.connections.open, status.connections.accepted),
+        // Counted from outside, where those that have ended are not seen.
+        false => format!("connections  {} open", status.connections.open),
+    });
     if let Some(previous) = &status.previous {
         let written = humantime::format_rfc3339_seconds(at(previous.modified_unix_ms));
         lines.push(format!("previous     {}, written {written}", previous.path.display()));
     }
-    for older in &status.draining {
+    for older in status.draining.iter().filter(|_| status.workers.is_empty()) {
         let open = Client::connect(&Target::Pid(older.pid)).and_then(Client::status);
         let open = open.map(|status| format!(", {} connections open", status.connections.open)).unwrap_or_default();
         lines.push(format!("draining     generation {} (pid {}){open}", older.generation, older.pid));
@@ -90,7 +95,30 @@ fn render(status: &Status) -> Vec<String> {
     });
     let rows: Vec<Vec<String>> = std::iter::once(head).chain(rows).collect();
     lines.extend(table(&rows));
+    lines.extend(workers(status));
     lines
+}
+
+/// The processes of a supervisor.
+fn workers(status: &Status) -> Vec<String> {
+    if status.workers.is_empty() {
+        return vec![];
+    }
+    let head = ["WORKER", "GENERATION", "PID", "STATE", "OPEN", "SINCE", ""].map(str::to_owned).to_vec();
+    let rows = status.workers.iter().map(|worker| {
+        let age = SystemTime::now().duration_since(at(worker.since_unix_ms)).unwrap_or_default();
+        let crashes = match worker.crashes {
+            0 => String::new(),
+            1 => "ended by itself once".to_owned(),
+            times => format!("ended by itself {times} times in a row"),
+        };
+        let pid = worker.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+        let numbers = [worker.worker.to_string(), worker.generation.to_string(), pid];
+        let said = worker.said.clone().unwrap_or_default();
+        let rest = [worker.state.to_string(), worker.connections.to_string(), lasted(age), crashes, said];
+        numbers.into_iter().chain(rest).collect()
+    });
+    table(&std::iter::once(head).chain(rows).collect::<Vec<Vec<String>>>())
 }
 
 fn at(unix_ms: u64) -> SystemTime {

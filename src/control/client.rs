@@ -48,6 +48,8 @@ pub struct Client {
     process: Option<OwnedFd>,
     /// It has taken the request, and will do it even if nobody waits.
     accepted: bool,
+    /// It stays when what it runs is replaced.
+    supervises: bool,
     patience: Duration,
     /// How long both processes of a restart may be silent, once the new one has the listeners.
     patience_once_adopted: Option<Duration>,
@@ -103,6 +105,7 @@ impl Client {
             pid,
             process,
             accepted: false,
+            supervises: false,
             patience: SILENCE_MAX,
             patience_once_adopted: None,
         })
@@ -177,7 +180,8 @@ impl Client {
                 return self.after_its_death("upgrade", new_pid, drains);
             }
         };
-        if request.wait == Some(Wait::Drained) && matches!(result.result, Outcome::Upgraded | Outcome::Cut) {
+        let waits = request.wait == Some(Wait::Drained) && !self.supervises;
+        if waits && matches!(result.result, Outcome::Upgraded | Outcome::Cut) {
             self.wait_for_exit();
         }
         Ok(result)
@@ -209,12 +213,24 @@ impl Client {
         Ok(result)
     }
 
+    /// Tells a supervisor how many workers to run, and returns when it does.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer any more, or will not answer this user.
+    pub fn scale(mut self, workers: usize, mut on_answer: impl FnMut(&Answer)) -> Result<ResultEvent, Error> {
+        self.say(&Request::Scale { workers })?;
+        let result = self.follow(&mut on_answer)?;
+        result.ok_or_else(|| self.failed("scale", "it died before it said how that ended"))
+    }
+
     /// Passes on what is said until the result. `None`: the process died first.
     fn follow(&mut self, on_answer: &mut dyn FnMut(&Answer)) -> Result<Option<ResultEvent>, Error> {
         loop {
             match self.hear()? {
                 Some(Event::Accepted(accepted)) => {
                     self.accepted = true;
+                    self.supervises = accepted.supervises;
                     on_answer(&Answer::Accepted(accepted));
                 }
                 Some(Event::Stage(mut stage)) => {
@@ -254,6 +270,9 @@ impl Client {
             let error = Error::new(ErrorKind::NothingServes, format!("{verb} {}", self.target), cause);
             Err(error.mend("start the service again"))
         };
+        if self.supervises {
+            return nothing(format!("process {old} died, which supervised the program and held its sockets"));
+        }
         let Some(new) = new_pid else {
             return nothing(format!("process {old} died, and no new process had been started"));
         };

@@ -107,7 +107,26 @@ fn innermost_pid(status: &str) -> Option<i32> {
 
 /// Inode and path of the listening stream sockets in a table like `/proc/net/unix`.
 fn listening_paths(table: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
-    const SO_ACCEPTCON: u32 = 1 << 16;
+    let listening = unix_sockets(table).filter(UnixSocket::listens);
+    listening.map(|socket| (socket.inode, socket.path)).filter(|(_, path)| path.starts_with(b"/"))
+}
+
+/// A line of `/proc/net/unix` with a name.
+pub(crate) struct UnixSocket<'a> {
+    flags: u32,
+    pub(crate) inode: u64,
+    /// `@` stands for the NUL of an abstract name.
+    pub(crate) path: &'a [u8],
+}
+
+impl UnixSocket<'_> {
+    pub(crate) fn listens(&self) -> bool {
+        const SO_ACCEPTCON: u32 = 1 << 16;
+        self.flags & SO_ACCEPTCON != 0
+    }
+}
+
+pub(crate) fn unix_sockets(table: &[u8]) -> impl Iterator<Item = UnixSocket<'_>> {
     table.split(|byte| *byte == b'\n').filter_map(|line| {
         // Num RefCount Protocol Flags Type St Inode Path; the path may contain spaces.
         let mut rest = line;
@@ -120,9 +139,7 @@ fn listening_paths(table: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
         }
         let text = |field: &[u8]| std::str::from_utf8(field).ok().map(str::to_owned);
         let flags = u32::from_str_radix(&text(fields[3])?, 16).ok()?;
-        let inode = text(fields[6])?.parse().ok()?;
-        let path = rest.get(1..)?;
-        (flags & SO_ACCEPTCON != 0 && path.starts_with(b"/")).then_some((inode, path))
+        Some(UnixSocket { flags, inode: text(fields[6])?.parse().ok()?, path: rest.get(1..)? })
     })
 }
 

@@ -21,6 +21,10 @@ pub(crate) enum Request {
         drain_timeout_ms: Option<u64>,
     },
     TakeOver,
+    /// Of a supervisor: so many workers from now on.
+    Scale {
+        workers: usize,
+    },
 }
 
 /// What the application of an old process has for its own clean-up, once its connections are closed.
@@ -123,6 +127,9 @@ pub struct AcceptedEvent {
     pub pid: i32,
     /// Its generation.
     pub generation: u64,
+    /// It runs the program below it, and stays when that is replaced.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub supervises: bool,
 }
 
 /// The stages that an asker is told of.
@@ -208,7 +215,9 @@ pub enum Outcome {
     Stopped,
     /// The old process has ended, and the new one serves.
     Restarted,
-    /// As one of the three above, but connections were still open at the drain deadline and were closed.
+    /// A supervisor runs as many workers as it was told.
+    Scaled,
+    /// As one of those above, but connections were still open at the drain deadline and were closed.
     Cut,
     /// Not upgraded; the old process serves on.
     Failed,
@@ -351,6 +360,41 @@ pub struct Status {
     pub limits: Option<Limits>,
     /// The version of this library.
     pub handover: String,
+    /// What `--name` finds it by; of a supervisor only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The processes that a supervisor runs. Empty for a server, which is one process.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub workers: Vec<WorkerStatus>,
+}
+
+/// A process that a supervisor runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct WorkerStatus {
+    /// The process, in the pid namespace of the supervisor; none while the next is awaited, after one that ended by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<i32>,
+    /// Its place among the workers of its generation, from 0.
+    pub worker: usize,
+    /// Its generation.
+    pub generation: u64,
+    /// `starting`, `serving` or `draining`.
+    pub state: State,
+    /// When it was started, in milliseconds since 1970.
+    pub since_unix_ms: u64,
+    /// Connections that it has open, counted from outside.
+    pub connections: usize,
+    /// How many times in a row the worker in this place has ended by itself.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub crashes: u32,
+    /// What it said last about itself (`STATUS=`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub said: Option<String>,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// What a process is configured with.

@@ -3,7 +3,7 @@
 use crate::upgrade::Failure;
 
 /// `exit` is how the new process ended, if it has; `silent`, whether it wrote nothing to stderr.
-pub(super) fn advice(failure: Failure, cause: &str, exit: Option<&str>, silent: bool) -> Option<&'static str> {
+pub(crate) fn advice(failure: Failure, cause: &str, exit: Option<&str>, silent: bool) -> Option<&'static str> {
     match failure {
         // What it says has its mend in it.
         Failure::NotSpawned | Failure::Stopped | Failure::GaveUp => None,
@@ -30,7 +30,7 @@ pub(super) fn advice(failure: Failure, cause: &str, exit: Option<&str>, silent: 
     }
 }
 
-fn advice_for_exit(exit: &str, silent: bool) -> Option<&'static str> {
+pub(crate) fn advice_for_exit(exit: &str, silent: bool) -> Option<&'static str> {
     if exit.contains("status 0") {
         return Some("let it stay in the foreground and call `ready()`; one that forks itself away cannot be upgraded");
     }

@@ -274,11 +274,13 @@ impl Engine {
             last_upgrade: self.last_upgrade.clone(),
             limits: Some(shared.config.limits()),
             handover: env!("CARGO_PKG_VERSION").to_owned(),
+            name: None,
+            workers: vec![],
         }
     }
 }
 
-fn listener_status(entry: &Entry) -> ListenerStatus {
+pub(crate) fn listener_status(entry: &Entry) -> ListenerStatus {
     let queue = entry.socket.fd().and_then(|fd| match entry.kind {
         Kind::Tcp => sys::accept_backlog(fd.as_fd()).ok(),
         Kind::Udp | Kind::UnixDatagram => sys::unread_bytes(fd.as_fd()).ok(),

@@ -103,7 +103,7 @@ impl Attempt {
 }
 
 /// With three decimals: microseconds are what can be told apart.
-pub(super) fn milliseconds_since(begun: Instant) -> f64 {
+pub(crate) fn milliseconds_since(begun: Instant) -> f64 {
     (begun.elapsed().as_secs_f64() * 1e6).round() / 1e3
 }
 
@@ -150,14 +150,10 @@ impl Process {
             return ended.is_ok_and(|ended| ended).then(|| "ended".to_owned());
         }
         match waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
-            Ok(WaitStatus::Exited(_, status)) => Some(format!("exited with status {status}")),
-            Ok(WaitStatus::Signaled(_, signal, core)) => {
-                let core = if core { " and dumped core" } else { "" };
-                Some(format!("was killed by {signal}{core}"))
-            }
+            Ok(status) => exit_words(status),
             // Somebody in this process reaps every child, or SIGCHLD is ignored.
             Err(Errno::ECHILD) => Some(REAPED_BY_OTHERS.to_owned()),
-            _ => None,
+            Err(_) => None,
         }
     }
 
@@ -176,6 +172,18 @@ impl Process {
     pub(super) fn wait_for_end(&self, longest: Duration) -> bool {
         let deadline = Some(Instant::now() + longest);
         crate::poll::wait(self.pidfd.as_fd(), PollFlags::POLLIN, deadline).unwrap_or(false)
+    }
+}
+
+/// How a process ended, if it has.
+pub(crate) fn exit_words(status: WaitStatus) -> Option<String> {
+    match status {
+        WaitStatus::Exited(_, status) => Some(format!("exited with status {status}")),
+        WaitStatus::Signaled(_, signal, core) => {
+            let core = if core { " and dumped core" } else { "" };
+            Some(format!("was killed by {signal}{core}"))
+        }
+        _ => None,
     }
 }
 

@@ -4,7 +4,7 @@ use std::env;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
@@ -57,6 +57,24 @@ impl Started {
         Self { program, argv0, arguments, directory, signal_mask, ignored }
     }
 
+    /// Another program, as a shell would start it from here.
+    #[cfg(feature = "cli")]
+    pub(crate) fn of_command(program: OsString, arguments: Vec<OsString>) -> Self {
+        Self { program: PathBuf::from(&program), argv0: program, arguments, ..Self::of_this_process() }
+    }
+
+    /// As whatever `request` starts would see it.
+    #[cfg(feature = "cli")]
+    pub(crate) fn changed_by(&self, request: &UpgradeRequest) -> Self {
+        let mut changed = self.clone();
+        if let Some(program) = &request.exe {
+            changed.program.clone_from(program);
+            changed.argv0 = program.clone().into_os_string();
+        }
+        changed.arguments = request.arguments().unwrap_or(changed.arguments);
+        changed
+    }
+
     /// What an upgrade starts unless it is told otherwise, as an absolute path, for people.
     pub(crate) fn program_path(&self, config: &Config) -> PathBuf {
         let (named, path) = (config.program.as_ref().unwrap_or(&self.program), env::var_os("PATH"));
@@ -80,7 +98,7 @@ impl Started {
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) program: PathBuf,
-    argv: Vec<OsString>,
+    pub(crate) argv: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     pub(crate) directory: PathBuf,
     signal_mask: SigSet,
@@ -124,28 +142,45 @@ impl Plan {
 
     /// Starts it with one end of the channel, and with `stderr` for its fd 2 where that is to be another than ours.
     pub(crate) fn spawn(&self, channel: &UnixStream, stderr: Option<BorrowedFd<'_>>) -> Result<Pid, Error> {
-        let explain = |error| preflight::explain(&self.program, &self.directory, error);
-        let inode = inode_of(channel).map_err(explain)?;
-        let channel_variable = OsString::from(format!("{CHANNEL_VARIABLE}={CHANNEL_FD}:{inode}"));
-        let variables = self.environment.iter().map(|(name, value)| {
+        let inode = inode_of(channel).map_err(|error| self.explain(error))?;
+        let channel_variable = (CHANNEL_VARIABLE.into(), format!("{CHANNEL_FD}:{inode}").into());
+        let stderr = stderr.map(|fd| (fd, libc::STDERR_FILENO));
+        let fds = stderr.into_iter().chain([(channel.as_fd(), CHANNEL_FD)]).collect();
+        self.run(&self.program, &self.argv, &[channel_variable], fds)
+    }
+
+    /// Starts `program` in place of the one that is planned, with the environment and in the directory of that.
+    pub(crate) fn run(
+        &self,
+        program: &Path,
+        argv: &[OsString],
+        more_environment: &[(OsString, OsString)],
+        fds: Vec<(BorrowedFd<'_>, RawFd)>,
+    ) -> Result<Pid, Error> {
+        let is_set_anew = |name: &OsString| more_environment.iter().any(|(other, _)| other == name);
+        let kept = self.environment.iter().filter(|(name, _)| !is_set_anew(name));
+        let variables = kept.chain(more_environment).map(|(name, value)| {
             let mut variable = name.clone();
             variable.push("=");
             variable.push(value);
-            variable
+            c_string(&variable)
         });
-        let environment: io::Result<_> = variables.chain([channel_variable]).map(|text| c_string(&text)).collect();
-        let arguments: io::Result<_> = self.argv.iter().map(|text| c_string(text)).collect();
-        let stderr = stderr.map(|fd| (fd, libc::STDERR_FILENO));
-        let request = SpawnRequest {
-            program: c_string(self.program.as_os_str()).map_err(explain)?,
-            arguments: arguments.map_err(explain)?,
-            environment: environment.map_err(explain)?,
-            directory: c_string(self.directory.as_os_str()).map_err(explain)?,
-            fds: stderr.into_iter().chain([(channel.as_fd(), CHANNEL_FD)]).collect(),
-            signal_mask: self.signal_mask,
-            ignored: self.ignored,
+        let spawn = || {
+            sys::spawn(&SpawnRequest {
+                program: c_string(program.as_os_str())?,
+                arguments: argv.iter().map(|text| c_string(text)).collect::<io::Result<_>>()?,
+                environment: variables.collect::<io::Result<_>>()?,
+                directory: c_string(self.directory.as_os_str())?,
+                fds,
+                signal_mask: self.signal_mask,
+                ignored: self.ignored,
+            })
         };
-        sys::spawn(&request).map_err(explain)
+        spawn().map_err(|error| self.explain(error))
+    }
+
+    fn explain(&self, error: io::Error) -> Error {
+        preflight::explain(&self.program, &self.directory, error)
     }
 }
 

@@ -12,14 +12,14 @@ const LINE_BYTES_MAX: usize = 1000;
 
 /// The tail of a stream of text.
 #[derive(Debug, Default)]
-struct Tail {
+pub(crate) struct Tail {
     lines: VecDeque<String>,
     partial: Vec<u8>,
     ended: bool,
 }
 
 impl Tail {
-    fn push(&mut self, bytes: &[u8]) {
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
         for byte in bytes {
             match byte {
                 b'\n' => self.end_line(),
@@ -40,6 +40,14 @@ impl Tail {
             self.lines.pop_front();
         }
         self.lines.push_back(line);
+    }
+
+    /// The last lines, an unfinished one included.
+    pub(crate) fn lines(&mut self) -> Vec<String> {
+        if !self.partial.is_empty() {
+            self.end_line();
+        }
+        self.lines.iter().cloned().collect()
     }
 }
 
@@ -78,11 +86,7 @@ impl StderrTail {
 
     /// The last lines, an unfinished one included.
     pub(crate) fn lines(&self) -> Vec<String> {
-        let mut tail = lock(&self.0);
-        if !tail.partial.is_empty() {
-            tail.end_line();
-        }
-        tail.lines.iter().cloned().collect()
+        lock(&self.0).lines()
     }
 }
 

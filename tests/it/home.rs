@@ -167,6 +167,10 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// For FIXTURE_FAULT.
     pub(crate) fn fault(&self, name: &str) -> String {
         format!("FIXTURE_FAULT={name}={}", self.path.display())

@@ -8,7 +8,7 @@ use crate::command::{Run, run};
 use crate::home::{HANDOVER, Home};
 use crate::rights::is_installed_or_skip;
 
-const VERBS: [&str; 6] = ["upgrade", "restart", "status", "ps", "stop", "check"];
+const VERBS: [&str; 8] = ["upgrade", "restart", "status", "ps", "stop", "check", "exec", "scale"];
 
 fn handover(arguments: &[&str]) -> Run {
     let mut command = Command::new(HANDOVER);
@@ -176,8 +176,10 @@ fn everything_is_installed_and_removed() {
         "share/bash-completion/completions/handover",
         "share/fish/vendor_completions.d/handover.fish",
         "share/man/man1/handover-check.1",
+        "share/man/man1/handover-exec.1",
         "share/man/man1/handover-ps.1",
         "share/man/man1/handover-restart.1",
+        "share/man/man1/handover-scale.1",
         "share/man/man1/handover-status.1",
         "share/man/man1/handover-stop.1",
         "share/man/man1/handover-upgrade.1",

@@ -41,3 +41,4 @@ mod restart;
 mod activation;
 mod namespaces;
 mod load;
+mod exec;

@@ -66,6 +66,11 @@ impl Server {
         self.first.id().cast_signed()
     }
 
+    /// Of the first process.
+    pub(crate) fn try_wait(&mut self) -> Option<std::process::ExitStatus> {
+        self.first.try_wait().unwrap()
+    }
+
     pub(crate) fn try_status(&self, pid: i32) -> Result<Status, handover::Error> {
         let socket = self.home.control().join(format!("{pid}.sock"));
         Client::connect(&Target::Socket(socket)).and_then(Client::status)

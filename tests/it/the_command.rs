@@ -74,7 +74,7 @@ fn a_recycled_pid() {
 #[test]
 fn wrong_usage() {
     handover(&[]).exits_with(2);
-    handover(&["upgrade"]).exits_with(2).complains("Name it with --pid, --pid-file or --socket");
+    handover(&["upgrade"]).exits_with(2).complains("Name it with --pid, --pid-file, --socket or --name");
     handover(&["stop"]).exits_with(2);
     handover(&["upgrade", "--pid", "0"]).exits_with(2);
     handover(&["upgrade", "--pid", "1", "--socket", "x"]).exits_with(2);

@@ -13,6 +13,7 @@ SERVICES = {
     "store": (),
     "hardened": (),
     "user": (("User=app", "User=daemon"),),
+    "exec": (),
 }
 
 

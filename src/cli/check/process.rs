@@ -1,6 +1,7 @@
 //! The running process: does it answer, and has it the fds, the memory, the tasks and the directory for a second one?
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -38,6 +39,11 @@ impl Process {
     /// What an upgrade would start.
     pub(super) fn program(&self) -> Option<PathBuf> {
         self.status.as_ref().map(|status| status.program.clone())
+    }
+
+    /// It is `handover exec`, and what serves runs below it.
+    pub(super) fn supervises(&self) -> bool {
+        self.status.as_ref().is_some_and(|status| !status.workers.is_empty())
     }
 
     pub(super) fn uid(&self) -> Option<u32> {
@@ -255,7 +261,14 @@ fn check_build(process: &Process, findings: &mut Findings) {
         return;
     }
     let program = status.program.display();
-    match same_file(&named, &runs) {
+    let is_what_runs = match process.supervises() {
+        true => {
+            let build = (status.build.device, status.build.inode);
+            fs::metadata(&named).is_ok_and(|file| (file.dev(), file.ino()) == build)
+        }
+        false => same_file(&named, &runs),
+    };
+    match is_what_runs {
         true => findings.ok(format!("{program} is the build that runs: an upgrade starts it again")),
         false => findings.ok(format!("{program} is another build than the one that runs: an upgrade starts it")),
     }

@@ -175,7 +175,7 @@ impl Unit {
 
     fn check_start(&self, process: Option<&Process>, findings: &mut Findings) {
         let Some(program) = self.program() else { return };
-        let serves = process.and_then(Process::program);
+        let serves = process.filter(|process| !process.supervises()).and_then(Process::program);
         if !program.exists() {
             findings.problem(
                 format!("ExecStart={}: there is no such file, so the service cannot be started", program.display()),

@@ -1,0 +1,168 @@
+//! `handover exec`
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use handover::supervisor::{Listen, Options, Ready, StopSignal};
+
+use super::duration;
+use super::exit::{Exit, Failure};
+
+/// What a shell says of a command that it cannot execute.
+pub(crate) const NOT_EXECUTED: u8 = 127;
+
+/// Run a program of any kind, and replace it without dropping a connection
+///
+/// Keeps one pid, holds the listening sockets, and runs the program below it with as many processes as it is told. At
+/// `handover upgrade` it starts the new build beside the old one, waits until every new process is proved to be ready,
+/// and only then tells the old ones to stop. A new build that fails is killed, and the old one serves on.
+#[derive(Args, Debug)]
+// What stands on the command line goes before what stands in the file.
+#[command(args_override_self = true)]
+#[command(after_long_help = "Examples:\n  \
+    handover exec --listen 8080 -- python3 server.py\n  \
+    handover exec --listen http=0.0.0.0:80 --workers 4 --user www --name web -- ./server\n  \
+    handover exec --listen 8080 --ready message -- node server.js\n  \
+    handover upgrade --name web          replace the program; or `kill -USR2`\n  \
+    handover stop --name web             drain, then exit; or `kill -TERM`, or ^C\n\n\
+    The program finds its sockets from fd 3 on (LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID as from systemd;\n\
+    SERVER_STARTER_PORT; EINHORN_FD_0). It runs until it is told to stop; one that ends by itself is\n\
+    started again.")]
+pub(crate) struct Arguments {
+    /// Read options from this file as well
+    ///
+    /// Those of the command line go before them.
+    ///
+    /// TOML, each option by its name without the dashes: `workers = 4`, `listen = ["http=8080"]`, `log-prefix = true`;
+    /// and `program = ["node", "server.js"]`.
+    #[arg(long = "config", value_name = "FILE")]
+    _config: Option<PathBuf>,
+    /// Listen there, and pass the socket to the program (repeatable)
+    ///
+    /// PORT, HOST:PORT, a path or @NAME for a Unix socket; `udp:` or `unix-datagram:` before it for datagrams.
+    #[arg(long, value_name = "[NAME=]ADDRESS")]
+    listen: Vec<Listen>,
+    /// Pass the sockets in non-blocking mode
+    ///
+    /// As with systemd's NonBlocking=, the default is a plain blocking socket. A program that polls and then accepts
+    /// needs this unless it sets the mode itself: another process may take the connection in between.
+    #[arg(long)]
+    non_blocking: bool,
+    /// How many processes of the program to run
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    workers: u16,
+    /// What proves that a process can serve
+    #[arg(long, value_name = "HOW", default_value = "any")]
+    ready: ReadyWay,
+    /// A shell command that must succeed as well
+    ///
+    /// Once that is proved, it is tried until it does.
+    ///
+    /// In its environment: HANDOVER_PID, the process; HANDOVER_WORKER, HANDOVER_GENERATION.
+    #[arg(long, value_name = "COMMAND")]
+    ready_cmd: Option<String>,
+    /// How long it may take until it is ready
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "30s")]
+    ready_timeout: Duration,
+    /// How long new processes must live beside the old ones
+    ///
+    /// Only then these are told to stop.
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "1s")]
+    trial: Duration,
+    /// The signal that tells the program to drain and exit
+    #[arg(long, value_name = "SIGNAL", default_value_t)]
+    stop_signal: StopSignal,
+    /// A message on Node's channel instead of the signal
+    ///
+    /// The program gets it by `process.on('message', …)`.
+    #[arg(long, value_name = "TEXT")]
+    stop_message: Option<String>,
+    /// How long it may take until it is killed; 0s for ever
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "60s")]
+    drain_timeout: Duration,
+    /// Replace so many processes at a time instead of all
+    ///
+    /// Where there is no memory for twice as many.
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..))]
+    surge: Option<u16>,
+    /// End the old processes before the new ones are started
+    ///
+    /// For programs that cannot run twice. Clients wait meanwhile. If a new process fails, the build before is started again.
+    #[arg(long)]
+    no_overlap: bool,
+    /// Begin each line of a worker with generation and number
+    ///
+    /// As in `2.0 | `, on stdout and stderr.
+    #[arg(long)]
+    log_prefix: bool,
+    /// Run the program as this user
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
+    /// A name for the other verbs to find it by
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// A file for the pid, which never changes
+    ///
+    /// It is written once the program serves.
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// Put the sockets into systemd's fd store
+    ///
+    /// So they outlive even this process. For FileDescriptorStoreMax= in the unit. From systemd 254 on this is so without the option.
+    #[arg(long)]
+    fd_store: bool,
+    /// The program, a path or a name in PATH, with its arguments
+    #[arg(last = true, required = true, value_name = "PROGRAM")]
+    program: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ReadyWay {
+    /// Whichever of the others comes first
+    Any,
+    /// It is seen to wait for connections on every listener
+    Waits,
+    /// It says READY=1 on NOTIFY_SOCKET (`sd_notify`)
+    Notify,
+    /// It sends `ready` on Node's channel: `process.send('ready')`
+    Message,
+}
+
+impl From<ReadyWay> for Ready {
+    fn from(way: ReadyWay) -> Self {
+        match way {
+            ReadyWay::Any => Self::Any,
+            ReadyWay::Waits => Self::Waits,
+            ReadyWay::Notify => Self::Notify,
+            ReadyWay::Message => Self::Message,
+        }
+    }
+}
+
+pub(super) fn run(arguments: Arguments) -> Result<Exit, Failure> {
+    let mut program = arguments.program.into_iter();
+    let ended = handover::supervisor::run(Options {
+        program: program.next().unwrap_or_default(),
+        arguments: program.collect(),
+        listen: arguments.listen,
+        non_blocking: arguments.non_blocking,
+        workers: arguments.workers.into(),
+        ready: arguments.ready.into(),
+        ready_command: arguments.ready_cmd,
+        ready_timeout: arguments.ready_timeout,
+        trial: arguments.trial,
+        stop_signal: arguments.stop_signal,
+        stop_message: arguments.stop_message,
+        drain_timeout: arguments.drain_timeout,
+        overlap: !arguments.no_overlap,
+        surge: arguments.surge.map(usize::from),
+        log_prefix: arguments.log_prefix,
+        user: arguments.user,
+        name: arguments.name,
+        fd_store: arguments.fd_store,
+        pid_file: arguments.pid_file,
+    })?;
+    Ok(if ended.cut > 0 { Exit::Cut } else { Exit::Done })
+}

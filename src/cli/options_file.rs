@@ -1,0 +1,89 @@
+//! `handover exec --config FILE`: the options in TOML, as if they stood on the command line before those that do. So they
+//! are checked, explained and documented in one place.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::Path;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Arg, ArgAction, Command, Error};
+use toml::{Table, Value};
+
+const VERB: &str = "exec";
+const OPTION: &str = "--config";
+/// The one key that is no option: what stands behind `--`.
+const PROGRAM: &str = "program";
+
+/// The command line with what the file that it names adds.
+pub(super) fn expand(arguments: Vec<OsString>, definitions: &Command) -> Result<Vec<OsString>, Error> {
+    let (Some(verb), Some(file)) = (arguments.get(1).filter(|verb| *verb == VERB), named_file(&arguments)) else {
+        return Ok(arguments);
+    };
+    let exec = definitions.find_subcommand(verb);
+    let refuse = |cause: String| Error::raw(ErrorKind::ValueValidation, format!("{}: {cause}\n", file.display()));
+    let text = fs::read_to_string(&file).map_err(|error| refuse(format!("cannot read it: {error}")))?;
+    let mut table: Table = text.parse().map_err(|error| refuse(format!("{error}")))?;
+    let program = table.remove(PROGRAM).map(|value| program(&value)).transpose().map_err(refuse)?;
+    let mut expanded: Vec<OsString> = arguments.iter().take(2).cloned().collect();
+    for (key, value) in &table {
+        expanded.extend(exec.map_or(Ok(vec![]), |exec| options(exec, key, value)).map_err(refuse)?);
+    }
+    let names_program = arguments.iter().any(|argument| argument == "--");
+    expanded.extend(arguments.into_iter().skip(2));
+    if let (Some(program), false) = (program, names_program) {
+        expanded.push("--".into());
+        expanded.extend(program.into_iter().map(OsString::from));
+    }
+    Ok(expanded)
+}
+
+fn named_file(arguments: &[OsString]) -> Option<std::path::PathBuf> {
+    let mut own = arguments.iter().take_while(|argument| *argument != "--");
+    while let Some(argument) = own.next() {
+        if argument == OPTION {
+            return own.next().map(Into::into);
+        }
+        let text = argument.to_string_lossy();
+        if let Some(file) = text.strip_prefix(OPTION).and_then(|rest| rest.strip_prefix('=')) {
+            return Some(Path::new(file).to_path_buf());
+        }
+    }
+    None
+}
+
+fn program(value: &Value) -> Result<Vec<String>, String> {
+    let words = value.as_array().map(|words| words.iter().map(|word| word.as_str().map(str::to_owned)).collect());
+    let words: Option<Vec<String>> = words.unwrap_or_default();
+    words.filter(|words| !words.is_empty()).ok_or_else(|| {
+        format!("`{PROGRAM}` is a list of strings, the program and its arguments, as in [\"node\", \"server.js\"]")
+    })
+}
+
+/// One key as options of the command line.
+fn options(exec: &Command, key: &str, value: &Value) -> Result<Vec<OsString>, String> {
+    let is_it = |arg: &&Arg| arg.get_long() == Some(key) && format!("--{key}") != OPTION;
+    let arg = exec.get_arguments().find(is_it).ok_or_else(|| unknown(exec, key))?;
+    let one = |value: &Value| match value {
+        Value::String(text) => Ok(OsString::from(format!("--{key}={text}"))),
+        Value::Integer(number) => Ok(OsString::from(format!("--{key}={number}"))),
+        _ => Err(format!("`{key}` is a string or a number")),
+    };
+    match (arg.get_action(), value) {
+        (ArgAction::SetTrue, Value::Boolean(true)) => Ok(vec![format!("--{key}").into()]),
+        (ArgAction::SetTrue, Value::Boolean(false)) => Ok(vec![]),
+        (ArgAction::SetTrue, _) => Err(format!("`{key}` is true or false")),
+        (ArgAction::Append, Value::Array(values)) => values.iter().map(one).collect(),
+        (_, value) => one(value).map(|option| vec![option]),
+    }
+}
+
+/// Clap knows what is near.
+fn unknown(exec: &Command, key: &str) -> String {
+    let error = exec.clone().try_get_matches_from([VERB.to_owned(), format!("--{key}")]).err();
+    let near = error.and_then(|error| match error.get(ContextKind::SuggestedArg) {
+        Some(ContextValue::String(near)) => Some(near.trim_start_matches('-').to_owned()),
+        _ => None,
+    });
+    let near = near.map(|near| format!(" (did you mean `{near}`?)")).unwrap_or_default();
+    format!("there is no option `{key}`{near}")
+}

@@ -1,0 +1,50 @@
+//! `handover exec`: keeps one pid, holds the listeners, and replaces the program below it.
+//!
+//! For the `handover` command alone. In the order of a worker's life:
+//!
+//! | | |
+//! |---|---|
+//! | `options`, `listen` | what it is told |
+//! | `machine` | **the state machine**: which worker is started, told to stop, killed, and when |
+//! | `engine` | one loop that waits for whatever can happen, tells the machine, and does what that answers |
+//! | `sockets` | the listeners, and the variables that tell a program of them |
+//! | `build` | which program that is, now and after a crash |
+//! | `worker`, `trampoline` | starting it |
+//! | `notify`, `node_channel`, `seen` | how it proves that it can serve |
+//! | `output` | what it writes to stderr |
+//! | `connections`, `family` | what it has open, seen from outside |
+
+mod options;
+mod listen;
+mod machine;
+mod engine;
+mod sockets;
+mod build;
+mod worker;
+mod trampoline;
+mod notify;
+mod node_channel;
+mod seen;
+mod output;
+mod connections;
+mod family;
+
+pub use engine::Ended;
+pub use listen::Listen;
+pub use options::{Options, Ready, StopSignal};
+pub use trampoline::run_worker;
+
+use crate::error::Error;
+
+/// Runs the program until it is told to stop.
+///
+/// # Errors
+///
+/// Why it could not be started: nothing runs then.
+pub fn run(options: Options) -> Result<Ended, Error> {
+    if let Some(user) = &options.user {
+        trampoline::find_user(user)?;
+    }
+    let supervisor = engine::Supervisor::new(options)?;
+    supervisor.run()
+}

@@ -1,0 +1,356 @@
+//! The loop of a supervisor: it waits for whatever can happen, tells the machine, and does what the machine answers. It
+//! decides nothing about generations, and it never blocks.
+
+mod answers;
+mod checks;
+mod drain;
+mod manager;
+mod perform;
+mod reap;
+mod report;
+mod scale;
+mod status;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::poll::{PollFd, PollFlags};
+
+use super::build::{Build, Recipe};
+use super::machine::{Action, Event, Machine, Order, Phase, Policy, WorkerId};
+use super::options::Options;
+use super::output::{Output, Passed, Stream};
+use super::sockets::Sockets;
+use super::worker::Worker;
+use crate::config::Signals;
+use crate::control::messages::LastUpgrade;
+use crate::control::server::{ClientId, Server};
+use crate::control::{BuildIdentity, UpgradeRequest};
+use crate::engine::SignalPipe;
+use crate::error::{Error, ErrorKind};
+use crate::pid_file::PidFile;
+use crate::poll;
+use crate::systemd::Notifier;
+
+use answers::{Attempt, Requester, Verb};
+use drain::Drain;
+use reap::ChildSignals;
+use report::Report;
+use scale::Scaling;
+
+const MAX_DRAINING: usize = 4;
+const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How the life of a supervisor ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Connections that were still open when their worker was killed.
+    pub cut: usize,
+}
+
+pub(super) struct Supervisor {
+    options: Options,
+    machine: Machine,
+    sockets: Sockets,
+    workers: BTreeMap<WorkerId, Worker>,
+    /// What workers that are gone have left in their pipes, or what they started still writes.
+    leftovers: Vec<Output>,
+    recipe: Recipe,
+    /// Of the upgrade under way.
+    new: Option<Build>,
+    committed: Option<Build>,
+    previous: Option<BuildIdentity>,
+    attempt: Option<Attempt>,
+    reports: Vec<Report>,
+    /// Older generations that somebody waits for.
+    drains: Vec<Drain>,
+    stop_clients: Vec<(ClientId, Instant)>,
+    scaling: Option<Scaling>,
+    /// Which worker ended last, and how.
+    last_exit: Option<(usize, String)>,
+    last_upgrade: Option<LastUpgrade>,
+    /// Why the last upgrade failed, if it did.
+    last_failure: Option<String>,
+    since: SystemTime,
+    server: Server,
+    signals: Option<SignalPipe>,
+    children: ChildSignals,
+    notifier: Option<Notifier>,
+    pid_file: Option<PidFile>,
+    timers: Timers,
+    /// Our own streams that take nothing: nothing is read for them.
+    blocked: Vec<Stream>,
+    cut: usize,
+    last_count: Option<usize>,
+    not_started: Option<Error>,
+}
+
+#[derive(Default)]
+struct Timers {
+    alive: Option<Instant>,
+    drain_count: Option<Instant>,
+    watchdog: Option<Instant>,
+}
+
+/// What is polled.
+#[derive(Clone, Copy)]
+enum Source {
+    Signals,
+    Children,
+    Listener,
+    Client(ClientId),
+    Notify(WorkerId),
+    Channel(WorkerId),
+    Output(WorkerId),
+    Leftover,
+    Ours(Stream),
+}
+
+impl Supervisor {
+    pub(super) fn new(options: Options) -> Result<Self, Error> {
+        let recipe = Recipe::new(options.program.clone(), options.arguments.clone());
+        let children = ChildSignals::install().map_err(|error| Error::io("install signal handlers", error))?;
+        let signals = SignalPipe::install(&Signals::default(), recipe.ignored())?;
+        let server = Server::bind(None)?;
+        let made = Self::prepare(&options);
+        let (sockets, pid_file) = made.inspect_err(|_| server.unlink())?;
+        let machine = Machine::new(Policy {
+            workers: options.workers.max(1),
+            ready_timeout: options.ready_timeout,
+            drain_timeout: options.drain_timeout,
+            max_draining: MAX_DRAINING,
+            overlap: options.overlap,
+        });
+        Ok(Self {
+            recipe,
+            options,
+            machine,
+            sockets,
+            workers: BTreeMap::new(),
+            leftovers: vec![],
+            new: None,
+            committed: None,
+            previous: None,
+            attempt: None,
+            reports: vec![],
+            drains: vec![],
+            stop_clients: vec![],
+            scaling: None,
+            last_exit: None,
+            last_upgrade: None,
+            last_failure: None,
+            since: SystemTime::now(),
+            server,
+            signals,
+            children,
+            notifier: Notifier::from_environment(),
+            pid_file,
+            timers: Timers::default(),
+            blocked: vec![],
+            cut: 0,
+            last_count: None,
+            not_started: None,
+        })
+    }
+
+    fn prepare(options: &Options) -> Result<(Sockets, Option<PidFile>), Error> {
+        let sockets = Sockets::open(&options.listen, options.non_blocking)?;
+        let is_seen = options.may_be_seen() && options.ready_command.is_none();
+        if sockets.is_empty() && is_seen {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "see when the program is ready",
+                "it is given no listener to wait on",
+            )
+            .mend("name its address with --listen, or say with --ready how it tells"));
+        }
+        let pid_file = options.pid_file.as_deref().map(PidFile::new);
+        pid_file.as_ref().map_or(Ok(()), PidFile::prepare).inspect_err(|_| sockets.remove_paths())?;
+        Ok((sockets, pid_file))
+    }
+
+    pub(super) fn run(mut self) -> Result<Ended, Error> {
+        self.start();
+        while self.machine.phase() != Phase::Ended || !self.reports.is_empty() {
+            let ready = self.wait();
+            for (source, events) in ready {
+                self.dispatch(source, events);
+            }
+            self.reap();
+            self.look_at_workers();
+            self.on_time(Instant::now());
+            self.send_reports();
+            self.look_at_scaling();
+            self.end_drains();
+        }
+        self.end()
+    }
+
+    fn start(&mut self) {
+        match self.recipe.build(&UpgradeRequest::default(), None) {
+            Ok(build) => self.new = Some(build),
+            Err(error) => {
+                self.not_started = Some(error);
+                return self.tell(Event::StopNow);
+            }
+        }
+        let order = Order { trial: Duration::ZERO, ..self.order(Verb::Upgrade, &UpgradeRequest::default()) };
+        self.tell(Event::Start(order));
+    }
+
+    /// How it is done; the request goes before the options.
+    fn order(&self, verb: Verb, request: &UpgradeRequest) -> Order {
+        let ready_timeout = request.ready_timeout().unwrap_or(self.options.ready_timeout);
+        match verb {
+            Verb::Upgrade => Order {
+                ready_timeout,
+                trial: request.trial().unwrap_or(self.options.trial),
+                drain_timeout: request.drain_timeout().unwrap_or(self.options.drain_timeout),
+                step: self.options.surge.unwrap_or(usize::MAX),
+                overlap: self.options.overlap,
+            },
+            Verb::Restart => Order {
+                ready_timeout,
+                // There is nobody to go back to.
+                trial: Duration::ZERO,
+                // Zero would be for ever.
+                drain_timeout: (request.drain_before_restart() + request.kill_after()).max(Duration::from_millis(1)),
+                step: usize::MAX,
+                overlap: false,
+            },
+        }
+    }
+
+    /// An error of `poll` itself (out of memory) is retried after a moment.
+    fn wait(&self) -> Vec<(Source, PollFlags)> {
+        let (sources, mut fds): (Vec<_>, Vec<_>) = self.sources().into_iter().unzip();
+        if let Err(error) = poll::wait_any(&mut fds, self.deadline()) {
+            log::error!("poll: {error}");
+            std::thread::sleep(Duration::from_millis(100));
+            return vec![];
+        }
+        let found = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
+        sources.into_iter().zip(found).filter(|(_, events)| !events.is_empty()).collect()
+    }
+
+    fn sources(&self) -> Vec<(Source, PollFd<'_>)> {
+        let reads = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let mut all = vec![(Source::Children, reads(self.children.fd()))];
+        if let Some(signals) = &self.signals {
+            all.push((Source::Signals, crate::channel::poll_fd(signals, PollFlags::POLLIN)));
+        }
+        all.extend(self.server.listener_poll().map(|fd| (Source::Listener, fd)));
+        all.extend(self.server.client_polls().map(|(id, fd)| (Source::Client(id), fd)));
+        for (id, worker) in &self.workers {
+            all.push((Source::Notify(*id), crate::channel::poll_fd(&worker.notify, PollFlags::POLLIN)));
+            let channel = worker.channel.as_ref().and_then(|channel| channel.fd());
+            all.extend(channel.map(|fd| (Source::Channel(*id), reads(fd))));
+        }
+        let blocked = Stream::ALL.into_iter().filter(|stream| self.blocked.contains(stream));
+        all.extend(blocked.map(|stream| (Source::Ours(stream), PollFd::new(stream.fd(), PollFlags::POLLOUT))));
+        let outputs =
+            self.workers.iter().flat_map(|(id, worker)| worker.outputs().map(|one| (Source::Output(*id), one)));
+        let outputs = outputs.chain(self.leftovers.iter().map(|output| (Source::Leftover, output)));
+        let free = outputs.filter(|(_, output)| !self.blocked.contains(&output.stream));
+        all.extend(free.filter_map(|(source, output)| Some((source, reads(output.fd()?)))));
+        all
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let timers = [self.timers.alive, self.timers.drain_count, self.timers.watchdog];
+        let others = [self.machine.deadline(), self.server.next_deadline()];
+        let looks = self.workers.values().filter_map(|worker| worker.next_look);
+        let dismissed = self.workers.values().filter_map(|worker| worker.dismissed);
+        let reports = self.reports.iter().map(|report| report.deadline);
+        timers.into_iter().chain(others).flatten().chain(looks).chain(dismissed).chain(reports).min()
+    }
+
+    fn dispatch(&mut self, source: Source, events: PollFlags) {
+        match source {
+            Source::Signals => self.on_signals(),
+            // Whoever has ended is looked for in any case.
+            Source::Children => self.children.clear(),
+            Source::Listener => self.server.accept(),
+            Source::Client(id) => self.on_client(id, events),
+            Source::Notify(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_notify),
+            Source::Channel(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_channel),
+            Source::Output(id) => {
+                self.blocked.extend(self.workers.get_mut(&id).map(Worker::pass_on).unwrap_or_default());
+            }
+            Source::Leftover => {
+                let full = self
+                    .leftovers
+                    .iter_mut()
+                    .filter_map(|output| (output.pass_on() == Passed::Blocked).then_some(output.stream));
+                self.blocked.extend(full);
+                self.leftovers.retain(|output| output.fd().is_some());
+            }
+            Source::Ours(stream) => self.blocked.retain(|blocked| *blocked != stream),
+        }
+    }
+
+    fn on_signals(&mut self) {
+        let Some(signals) = &mut self.signals else { return };
+        let caught = signals.take();
+        if caught.upgrade {
+            log::info!("upgrade asked for by signal");
+            self.begin(Verb::Upgrade, &UpgradeRequest::default(), Requester::Nobody);
+        }
+        for _ in 0..caught.stops {
+            let again = self.machine.phase() == Phase::Draining;
+            log::info!("told to stop by signal{}", if again { " again" } else { "" });
+            self.tell(if again { Event::StopNow } else { Event::Stop(None) });
+        }
+    }
+
+    fn on_time(&mut self, now: Instant) {
+        if self.machine.deadline().is_some_and(|deadline| deadline <= now) {
+            self.tell(Event::Tick);
+        }
+        if passed(&mut self.timers.drain_count, now) {
+            self.announce_drain_count();
+        }
+        if passed(&mut self.timers.alive, now) {
+            self.say_alive();
+        }
+        if passed(&mut self.timers.watchdog, now) {
+            self.ping_watchdog();
+        }
+        if self.workers.values().any(|worker| worker.dismissed.is_some()) {
+            self.look_at_dismissed(now);
+        }
+        self.server.drop_late(now);
+    }
+
+    /// Runs the machine, and whatever follows from what it wants done.
+    fn tell(&mut self, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let actions = self.machine.on_event(event, Instant::now());
+            if actions.iter().any(|action| matches!(action, Action::Stop(_))) {
+                self.announce_stops();
+            }
+            for action in actions {
+                events.extend(self.perform(action));
+            }
+        }
+    }
+
+    fn end(self) -> Result<Ended, Error> {
+        self.sockets.remove_paths();
+        if let Some(pid_file) = &self.pid_file {
+            pid_file.discard();
+            pid_file.remove();
+        }
+        self.server.unlink();
+        match self.not_started {
+            Some(error) => Err(error),
+            None => Ok(Ended { cut: self.cut }),
+        }
+    }
+}
+
+/// Takes a deadline that has passed.
+fn passed(place: &mut Option<Instant>, now: Instant) -> bool {
+    place.take_if(|deadline| *deadline <= now).is_some()
+}

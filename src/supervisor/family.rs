@@ -1,0 +1,46 @@
+//! A worker with everything that it has started: `npm start` is three processes, and the last of them serves.
+
+use std::fs;
+use std::path::PathBuf;
+
+use nix::unistd::Pid;
+
+/// More are not looked at.
+const PROCESSES_MAX: usize = 1024;
+
+/// The process and its descendants. One that was orphaned is not among them any more.
+pub(super) fn of(root: Pid) -> Vec<Pid> {
+    let mut family = vec![root];
+    let mut looked_at = 0;
+    while let Some(pid) = family.get(looked_at).copied().filter(|_| family.len() < PROCESSES_MAX) {
+        looked_at += 1;
+        for thread in threads(pid) {
+            let children = fs::read_to_string(thread.join("children")).unwrap_or_default();
+            family.extend(children.split_ascii_whitespace().filter_map(|text| text.parse().ok()).map(Pid::from_raw));
+        }
+    }
+    family
+}
+
+/// The directories of its threads in `/proc`.
+pub(super) fn threads(pid: Pid) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path())
+}
+
+/// Its fds with what they lead to.
+pub(super) fn fds(pid: Pid) -> std::io::Result<Vec<(i32, PathBuf)>> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+    let fd = |entry: fs::DirEntry| Some((entry.file_name().to_str()?.parse().ok()?, fs::read_link(entry.path()).ok()?));
+    Ok(entries.filter_map(fd).collect())
+}
+
+/// The kernel takes them all away at once when a process ends, however it does.
+pub(super) fn has_fds(pid: Pid) -> bool {
+    fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|mut fds| fds.next().is_some())
+}
+
+/// The inode, if the link is one of a socket.
+pub(super) fn socket_inode(link: &std::path::Path) -> Option<u64> {
+    link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}

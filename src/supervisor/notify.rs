@@ -1,0 +1,92 @@
+//! NOTIFY_SOCKET for a worker: each has its own, so that it is known who speaks even when the sender is gone already
+//! (`systemd-notify` in a shell script).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::UnixDatagram;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, setsockopt, socket, sockopt};
+use nix::unistd::geteuid;
+
+use crate::sys;
+
+/// What a worker can say; other lines are for a service manager, and this is none.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Said {
+    pub(super) ready: bool,
+    pub(super) status: Option<String>,
+}
+
+pub(super) struct NotifySocket {
+    socket: UnixDatagram,
+    /// Who else than root and this user may speak.
+    uid: Option<u32>,
+}
+
+impl NotifySocket {
+    /// In the abstract namespace, by a name of the kernel's choice: a program of another user reaches it, too.
+    pub(super) fn new(uid: Option<u32>) -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::Datagram, flags, None)?;
+        setsockopt(&socket, sockopt::PassCred, &true)?;
+        bind(socket.as_raw_fd(), &UnixAddr::new_unnamed())?;
+        Ok(Self { socket: socket.into(), uid })
+    }
+
+    pub(super) fn variable(&self) -> io::Result<String> {
+        let address = self.socket.local_addr()?;
+        let name = address.as_abstract_name().unwrap_or_default();
+        Ok(format!("@{}", String::from_utf8_lossy(name)))
+    }
+
+    /// All that has come.
+    pub(super) fn read(&self) -> Said {
+        let mut said = Said::default();
+        let mut buffer = [0; 4096];
+        while let Ok((count, uid)) = sys::receive_with_uid(self.socket.as_fd(), &mut buffer) {
+            let trusted = uid.is_some_and(|uid| uid == 0 || uid == geteuid().as_raw() || Some(uid) == self.uid);
+            if !trusted {
+                log::warn!("a message of uid {uid:?} on a notify socket is ignored");
+                continue;
+            }
+            for line in String::from_utf8_lossy(buffer.get(..count).unwrap_or_default()).lines() {
+                said.ready |= line == "READY=1";
+                said.status = line.strip_prefix("STATUS=").map(str::to_owned).or(said.status);
+            }
+        }
+        said
+    }
+}
+
+impl AsFd for NotifySocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sendfd::SendWithFd;
+    use std::io::Read;
+    use std::os::unix::net::SocketAddr;
+
+    #[test]
+    fn ready_is_heard_and_a_barrier_is_released() {
+        let notify = NotifySocket::new(None).unwrap();
+        let name = notify.variable().unwrap();
+        let sender = UnixDatagram::unbound().unwrap();
+        sender.connect_addr(&SocketAddr::from_abstract_name(name.strip_prefix('@').unwrap()).unwrap()).unwrap();
+        assert_eq!(notify.read(), Said::default());
+        sender.send(b"STATUS=warming up\nMAINPID=1").unwrap();
+        assert_eq!(notify.read(), Said { ready: false, status: Some("warming up".into()) });
+        let (mut reader, writer) = io::pipe().unwrap();
+        sender.send(b"READY=1\n").unwrap();
+        sender.send_with_fd(b"BARRIER=1", &[writer.as_raw_fd()]).unwrap();
+        drop(writer);
+        assert!(notify.read().ready);
+        // Whoever waits for the barrier waits for this.
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    }
+}

@@ -1,0 +1,164 @@
+//! The listeners that the supervisor holds for its program, and how the program is told of them.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use socket2::SockRef;
+
+use super::listen::Listen;
+use crate::control::ListenerStatus;
+use crate::engine::listener_status;
+use crate::error::Error;
+use crate::gate::Gate;
+use crate::inherit::socket_activation;
+use crate::listeners::{Address, Entry, Listeners, TcpOptions, Unclaimed, UnixOptions, Wanted, WantedOptions};
+use crate::protocol::Kind;
+use crate::systemd::Notifier;
+
+/// Where a program finds the first of them: `SD_LISTEN_FDS_START`.
+pub(super) const FIRST_FD: i32 = 3;
+
+pub(super) struct Sockets {
+    listeners: Listeners,
+    /// Always open: it is the program that accepts.
+    gate: Gate,
+    /// In the order in which they were named, which is that of their numbers in the program.
+    names: Vec<String>,
+}
+
+impl Sockets {
+    /// Takes from a service manager what it has passed, and binds the rest.
+    pub(super) fn open(wanted: &[Listen], non_blocking: bool) -> Result<Self, Error> {
+        let gate = Gate::new(|| {}).map_err(|error| Error::io("prepare to listen", error))?;
+        gate.open();
+        let mut listeners = Listeners::new(socket_activation::from_environment(), true);
+        let mut names = Vec::new();
+        for (number, one) in (1..).zip(wanted) {
+            let name = one.name.clone().unwrap_or_else(|| format!("socket-{number}"));
+            let options = match one.kind {
+                Kind::Tcp => WantedOptions::Tcp(TcpOptions::default()),
+                Kind::Udp => WantedOptions::Udp,
+                Kind::Unix | Kind::UnixDatagram => WantedOptions::Unix(UnixOptions::default()),
+            };
+            let wanted = Wanted { name: &name, kind: one.kind, address: one.address.clone(), options };
+            listeners.claim(&wanted, &gate)?;
+            names.push(name);
+        }
+        listeners.settle_unclaimed(Unclaimed::Keep, &gate);
+        let passed = listeners.entries().map(|entry| entry.name.clone()).filter(|name| !names.contains(name));
+        names.extend(passed.collect::<Vec<_>>());
+        let sockets = Self { listeners, gate, names };
+        for entry in sockets.entries() {
+            let set = entry.socket.fd().map_or(Ok(()), |fd| SockRef::from(&fd).set_nonblocking(non_blocking));
+            set.map_err(|error| Error::io(format!("prepare listener `{}`", entry.name), error))?;
+        }
+        Ok(sockets)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.names.is_empty()
+    }
+
+    fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.names.iter().filter_map(|name| self.listeners.entries().find(|entry| entry.name == *name))
+    }
+
+    /// In the order of their numbers; none once they are closed.
+    pub(super) fn fds(&self) -> Vec<Arc<OwnedFd>> {
+        self.entries().filter_map(|entry| entry.socket.fd()).collect()
+    }
+
+    /// Name and inode, by which a socket is known in `/proc`.
+    pub(super) fn inodes(&self) -> Vec<(String, u64)> {
+        let inode = |entry: &Entry| Some((entry.name.clone(), inode_of(entry)?));
+        self.entries().filter_map(inode).collect()
+    }
+
+    pub(super) fn addresses(&self) -> Vec<Address> {
+        self.entries().map(|entry| entry.address.clone()).collect()
+    }
+
+    pub(super) fn status(&self) -> Vec<ListenerStatus> {
+        self.listeners.entries().map(listener_status).collect()
+    }
+
+    /// What tells a program of them: systemd's variables, and those of other supervisors.
+    pub(super) fn environment(&self, generation: u64) -> Vec<(String, String)> {
+        let count = self.names.len();
+        if count == 0 {
+            return vec![];
+        }
+        let mut variables = vec![
+            ("LISTEN_FDS".to_owned(), count.to_string()),
+            ("LISTEN_FDNAMES".to_owned(), self.names.join(":")),
+            ("EINHORN_FD_COUNT".to_owned(), count.to_string()),
+            ("SERVER_STARTER_GENERATION".to_owned(), generation.to_string()),
+        ];
+        let mut ports = Vec::new();
+        for (index, entry) in self.entries().enumerate() {
+            let fd = FIRST_FD as usize + index;
+            variables.push((format!("EINHORN_FD_{index}"), fd.to_string()));
+            variables.push((format!("EINHORN_FD_FAMILY_{index}"), family(&entry.address).to_owned()));
+            if matches!(entry.kind, Kind::Tcp | Kind::Unix) {
+                ports.push(format!("{}={fd}", entry.address));
+            }
+        }
+        variables.push(("SERVER_STARTER_PORT".to_owned(), ports.join(";")));
+        variables
+    }
+
+    pub(super) fn keep_in_store(&self, notifier: &Notifier) {
+        for entry in self.entries().filter(|entry| !entry.activated) {
+            if let Some(fd) = entry.socket.fd() {
+                notifier.store(&entry.name, fd.as_fd());
+            }
+        }
+    }
+
+    /// From now on they are the program's alone: when it has closed them, clients are refused instead of left waiting.
+    pub(super) fn close(&self) {
+        self.gate.close();
+    }
+
+    pub(super) fn remove_paths(&self) {
+        self.listeners.unlink_paths(true);
+    }
+}
+
+fn inode_of(entry: &Entry) -> Option<u64> {
+    let stat: io::Result<_> = nix::sys::stat::fstat(entry.socket.fd()?).map_err(io::Error::from);
+    stat.ok().map(|stat| stat.st_ino)
+}
+
+fn family(address: &Address) -> &'static str {
+    match address {
+        Address::Ip(ip) if ip.is_ipv4() => "AF_INET",
+        Address::Ip(_) => "AF_INET6",
+        Address::Path(_) | Address::Abstract(_) => "AF_UNIX",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_told_in_each_of_the_ways() {
+        let wanted: Vec<Listen> =
+            ["web=127.0.0.1:0", "udp:127.0.0.1:0", "@handover-test-sockets"].map(|text| text.parse().unwrap()).into();
+        let sockets = Sockets::open(&wanted, false).unwrap();
+        let addresses: Vec<String> = sockets.addresses().iter().map(ToString::to_string).collect();
+        let variables = sockets.environment(7);
+        let value = |name: &str| variables.iter().find(|(other, _)| other == name).unwrap().1.clone();
+        assert_eq!(value("LISTEN_FDS"), "3");
+        assert_eq!(value("LISTEN_FDNAMES"), "web:socket-2:socket-3");
+        assert_eq!(value("SERVER_STARTER_PORT"), format!("{}=3;@handover-test-sockets=5", addresses[0]));
+        assert_eq!(value("SERVER_STARTER_GENERATION"), "7");
+        assert_eq!((value("EINHORN_FD_COUNT"), value("EINHORN_FD_1")), ("3".to_owned(), "4".to_owned()));
+        assert_eq!(value("EINHORN_FD_FAMILY_2"), "AF_UNIX");
+        assert_eq!((sockets.fds().len(), sockets.inodes().len()), (3, 3));
+        sockets.close();
+        assert!(sockets.fds().is_empty());
+    }
+}

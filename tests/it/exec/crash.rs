@@ -1,0 +1,102 @@
+//! Programs that end by themselves, and a supervisor that must not.
+
+use std::process::Stdio;
+
+use handover::control::State;
+use nix::sys::signal::Signal;
+
+use crate::client::{ask, get};
+use crate::exec::{HTTP, exec, exec_in, plain};
+use crate::home::{HANDOVER, Home};
+use crate::server::{Server, has_ended};
+use crate::wait::eventually;
+
+#[test]
+fn a_worker_that_was_killed_is_started_again_and_nobody_is_refused() {
+    let server = exec(&[]);
+    let (old, address) = (server.worker_pids()[0], server.address());
+    server.freeze(server.first_pid());
+    server.signal(old, Signal::SIGKILL);
+    server.wait_for_end(old);
+    // Nobody serves, and the client waits in the queue.
+    let waiting = ask(address, "/");
+    server.thaw(server.first_pid());
+    let answer = waiting.answerer();
+    assert_eq!((answer.generation, has_ended(old)), (1, true));
+    let worker = &server.workers()[0];
+    assert_eq!((worker.crashes, worker.pid), (1, Some(answer.pid.cast_signed())));
+}
+
+#[test]
+fn what_it_had_started_goes_with_it() {
+    let server = exec(&[]);
+    let child: i32 = server.get("/child").parse().unwrap();
+    server.signal(server.worker_pids()[0], Signal::SIGKILL);
+    server.wait_for_end(child);
+}
+
+/// After a failed upgrade the link leads to the bad build; what is started again is the good one.
+#[test]
+fn the_build_that_was_committed_is_started_again() {
+    let home = Home::new();
+    let (one, link) = (home.copy(&plain(), "one"), home.path("current"));
+    let bad = home.script("bad", "#!/bin/sh\nexit 1\n");
+    std::os::unix::fs::symlink(&one, &link).unwrap();
+    let server = exec_in(home, &[], link.to_str().unwrap());
+    std::fs::remove_file(&link).unwrap();
+    std::os::unix::fs::symlink(&bad, &link).unwrap();
+    server.upgrade(&[]).exits_with(1);
+    let old = server.worker_pids()[0];
+    server.signal(old, Signal::SIGKILL);
+    server.wait_for_end(old);
+    assert_eq!(server.get("/exe"), one.display().to_string());
+}
+
+#[test]
+fn a_crash_loop_is_told() {
+    let server = exec(&[]);
+    server.upgrade(&["--env", "PLAIN=die-after=1000", "--trial", "0s", "--wait", "ready"]).exits_with(0);
+    eventually("three in a row", || server.workers().iter().any(|worker| worker.crashes >= 3).then_some(()));
+    eventually("the time between two", || server.workers().iter().any(|worker| worker.pid.is_none()).then_some(()));
+    server.handover(&["status", "--pid", &server.first_pid().to_string()]).exits_with(0).says("times in a row");
+    eventually("the log", || server.home.log().contains("has ended 5 times in a row").then_some(()));
+    // A good build ends it.
+    server.upgrade(&["--env", "PLAIN=", "--wait", "drained"]).exits_with(0);
+    assert_eq!(server.wait_for_workers(1).len(), 1);
+    assert!(server.workers().iter().all(|worker| worker.crashes == 0));
+    assert_eq!(server.get("/env/PLAIN"), "");
+}
+
+#[test]
+fn a_supervisor_without_fds_says_so_and_serves_on() {
+    let home = Home::new();
+    let script =
+        format!("ulimit -n 48; exec {HANDOVER} exec --trial 100ms {} -- {}", HTTP.join(" "), plain().display());
+    let command = home.logged("/bin/sh", &["-c", &script]);
+    let server = Server::run(home, command);
+    let pid = server.first_pid().to_string();
+    let scale = |workers: &str| server.handover(&["scale", workers, "--pid", &pid]);
+    scale("30").exits_with(1).complains("cannot be started: Too many open files").complains("; 1 serve on");
+    server.assert_supervises(1);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(server.answerer().generation, 2);
+}
+
+#[test]
+fn a_supervisor_whose_stderr_is_full_goes_on() {
+    let home = Home::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut command = home.command(HANDOVER);
+    command.args(["exec", "--trial", "100ms"]).args(HTTP).arg("--").arg(plain()).env("PLAIN", "flood");
+    command.stdout(Stdio::null()).stderr(writer);
+    let server = Server::run(home, command);
+    let address = server.address();
+    // The worker's own pipe is full as well by now or soon, and nobody reads; nor what the supervisor has to say of this.
+    for generation in 2..=4 {
+        server.upgrade(&["--exe", "/no/such/program"]).exits_with(1);
+        server.upgrade(&["--trial", "100ms"]).exits_with(0);
+        eventually("an answer", || get(address, "/").starts_with(&format!("gen={generation}")).then_some(()));
+    }
+    assert_eq!(server.status(server.first_pid()).state, State::Serving);
+    drop(reader);
+}

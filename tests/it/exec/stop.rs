@@ -1,0 +1,78 @@
+//! The end of a service.
+
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+
+use crate::client::ask;
+use crate::exec::{HTTP, exec, plain};
+use crate::home::{HANDOVER, Home};
+use crate::server::Server;
+use crate::wait::eventually;
+
+/// The exit status of the supervisor.
+fn exit_code(server: &mut Server) -> Option<i32> {
+    eventually("the end of the supervisor", || server.try_wait()).code()
+}
+
+#[test]
+fn a_stop_drains_and_no_new_client_is_left_waiting() {
+    let mut server = exec(&["--workers", "2"]);
+    let (address, pid) = (server.address(), server.first_pid().to_string());
+    let slow = ask(address, "/slow/2");
+    eventually("the request in flight", || (server.serving().connections.open == 1).then_some(()));
+    let stop = crate::command::Running::start(server.handover_command(&["stop", "--pid", &pid]));
+    eventually("a refusal", || std::net::TcpStream::connect(address).is_err().then_some(()));
+    assert_eq!(slow.answerer().generation, 1);
+    stop.finish().exits_with(0).says("1 connection open").says("stopped");
+    assert_eq!(exit_code(&mut server), Some(0));
+    assert_eq!((server.home.processes(), server.home.sockets()), (vec![], Vec::<String>::new()));
+}
+
+#[test]
+fn one_signal_drains_and_a_second_ends() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {
+        let mut server = exec(&[]);
+        let slow = ask(server.address(), "/slow/600");
+        eventually("the request in flight", || (server.serving().connections.open == 1).then_some(()));
+        let pid = server.first_pid();
+        server.signal(pid, signal);
+        server.wait_until(pid, handover::control::State::Draining);
+        server.signal(pid, signal);
+        assert_eq!(exit_code(&mut server), Some(5), "one connection was cut");
+        drop(slow);
+        assert_eq!(server.home.processes(), Vec::<i32>::new());
+    }
+}
+
+#[test]
+fn a_program_that_does_not_listen_is_killed_at_the_deadline() {
+    let home = Home::new();
+    let mut command = home.logged(HANDOVER, &["exec", "--drain-timeout", "300ms"]);
+    command.args(HTTP).arg("--").arg("sh").args(["-c", "trap '' TERM; LISTEN_PID=$$ exec $0"]).arg(plain());
+    command.env("PLAIN", "deaf");
+    let mut server = Server::run(home, command);
+    server.handover(&["stop", "--pid", &server.first_pid().to_string()]).exits_with(0);
+    assert_eq!(exit_code(&mut server), Some(0));
+}
+
+#[test]
+fn a_stop_ends_an_upgrade_that_is_not_ready() {
+    let mut server = exec(&[]);
+    let mut upgrade = server.begin_upgrade(&["--env", "PLAIN=hang"]);
+    upgrade.wait_for_line("spawned");
+    server.signal(server.first_pid(), Signal::SIGTERM);
+    upgrade.finish().exits_with(8).complains("was not ready when this process was told to stop");
+    assert_eq!(exit_code(&mut server), Some(0));
+    assert_eq!(server.home.processes(), Vec::<i32>::new());
+}
+
+/// A terminal sends ^C to every process of its foreground group; the workers are not in it.
+#[test]
+fn workers_have_groups_of_their_own() {
+    let server = exec(&["--workers", "2"]);
+    for pid in server.worker_pids() {
+        let group = Command::new("ps").args(["-o", "pgid=", "-p", &pid.to_string()]).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&group.stdout).trim(), pid.to_string());
+    }
+}

@@ -1,0 +1,231 @@
+//! A server that knows nothing of handover: it takes its sockets by LISTEN_FDS, drains on SIGTERM, and goes wrong as PLAIN
+//! in its environment says. What `handover exec` is for.
+//!
+//! Drained rightly, as few programs do: a request in flight is answered, the next answer on a kept connection announces
+//! the close, and a silent one is closed after a while.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::HashMap;
+use std::env;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::process::exit;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::select::{FdSet, select};
+use nix::sys::time::TimeVal;
+use socket2::Socket;
+
+const LINGER: Duration = Duration::from_millis(300);
+const TICK_MS: u16 = 20;
+
+static DRAINING: AtomicBool = AtomicBool::new(false);
+static OPEN: AtomicUsize = AtomicUsize::new(0);
+/// Loops that may still accept.
+static LOOPS: AtomicUsize = AtomicUsize::new(0);
+
+fn main() {
+    let faults = Faults::from_environment();
+    faults.at_start();
+    if !faults.has("deaf") {
+        let draining = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal_hook::consts::SIGTERM, draining.clone()).unwrap();
+        thread::spawn(move || {
+            while !draining.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(1));
+            }
+            DRAINING.store(true, Ordering::SeqCst);
+        });
+    }
+    let way = env::args().nth(1).unwrap_or_else(|| "poll".to_owned());
+    for listener in listeners() {
+        let way = way.clone();
+        // One that blocks in accept never comes to its end.
+        let counted = usize::from(way != "accept");
+        LOOPS.fetch_add(counted, Ordering::SeqCst);
+        thread::spawn(move || {
+            accept_all(&listener, &way);
+            LOOPS.fetch_sub(counted, Ordering::SeqCst);
+        });
+    }
+    if faults.has("notify") {
+        notify(&format!("STATUS=warmed up\nREADY=1\nMAINPID={}", std::process::id()));
+    }
+    while !DRAINING.load(Ordering::SeqCst) || LOOPS.load(Ordering::SeqCst) > 0 || OPEN.load(Ordering::SeqCst) > 0 {
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// `PLAIN=name[=value],…`, for one worker only with `worker=N` among them.
+struct Faults(HashMap<String, String>);
+
+impl Faults {
+    fn from_environment() -> Self {
+        let text = env::var("PLAIN").unwrap_or_default();
+        let parse = |fault: &str| {
+            let (name, value) = fault.split_once('=').unwrap_or((fault, ""));
+            (name.to_owned(), value.to_owned())
+        };
+        let faults: HashMap<_, _> = text.split(',').map(parse).collect();
+        let of_another = faults.get("worker").is_some_and(|worker| env::var("HANDOVER_WORKER").as_ref() != Ok(worker));
+        Self(if of_another { HashMap::new() } else { faults })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    fn at_start(&self) {
+        if let Some(fifo) = self.0.get("hold") {
+            fs::read(fifo).unwrap();
+        }
+        if let Some(code) = self.0.get("exit") {
+            eprintln!("plain: no database at db.internal");
+            exit(code.parse().unwrap());
+        }
+        if self.has("hang") {
+            thread::sleep(Duration::from_secs(600));
+        }
+        if let Some(milliseconds) = self.0.get("die-after") {
+            let time = Duration::from_millis(milliseconds.parse().unwrap());
+            thread::spawn(move || {
+                thread::sleep(time);
+                exit(9);
+            });
+        }
+        if self.has("flood") {
+            thread::spawn(|| {
+                let mut stderr = std::io::stderr();
+                while stderr.write_all(&[b'x'; 4096]).is_ok() {}
+            });
+        }
+    }
+}
+
+fn listeners() -> Vec<Socket> {
+    assert_eq!(env::var("LISTEN_PID").unwrap(), std::process::id().to_string());
+    let count: i32 = env::var("LISTEN_FDS").unwrap().parse().unwrap();
+    // SAFETY: by the convention of LISTEN_FDS, whose LISTEN_PID is this process, these fds are open and ours; each is
+    // taken once.
+    (3..3 + count).map(|fd| unsafe { Socket::from_raw_fd(fd) }).collect()
+}
+
+fn accept_all(listener: &Socket, way: &str) {
+    listener.set_nonblocking(way != "accept").unwrap();
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+    if way == "epoll" {
+        epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, 0)).unwrap();
+    }
+    while !DRAINING.load(Ordering::SeqCst) {
+        match way {
+            "epoll" => drop(epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::from(TICK_MS))),
+            "select" => {
+                let mut set = FdSet::new();
+                set.insert(listener.as_fd());
+                let _ = select(None, &mut set, None, None, &mut TimeVal::new(0, i64::from(TICK_MS) * 1000));
+            }
+            "poll" => drop(poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], TICK_MS)),
+            _ => {}
+        }
+        OPEN.fetch_add(1, Ordering::SeqCst);
+        match listener.accept() {
+            // One that was told to stop meanwhile serves what it has taken.
+            Ok((stream, _)) => drop(thread::spawn(move || {
+                // A Unix stream does as well: it is only read and written.
+                let stream = TcpStream::from(OwnedFd::from(stream));
+                let _ = serve(&stream);
+                drop(stream);
+                OPEN.fetch_sub(1, Ordering::SeqCst);
+            })),
+            Err(_) => drop(OPEN.fetch_sub(1, Ordering::SeqCst)),
+        }
+    }
+}
+
+fn serve(stream: &TcpStream) -> std::io::Result<()> {
+    stream.set_nonblocking(false)?;
+    let mut reader = BufReader::new(stream);
+    while !reader.buffer().is_empty() || comes_more(stream) {
+        let (mut path, mut closes) = (String::new(), DRAINING.load(Ordering::SeqCst));
+        loop {
+            let mut line = String::new();
+            if reader.read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            if path.is_empty() {
+                path = line.split(' ').nth(1).unwrap_or("/").to_owned();
+            }
+            closes |= line.trim().eq_ignore_ascii_case("connection: close");
+            if line.trim().is_empty() {
+                break;
+            }
+        }
+        let body = body(&path);
+        closes |= DRAINING.load(Ordering::SeqCst);
+        let field = if closes { "Connection: close\r\n" } else { "" };
+        let length = body.len();
+        let mut writer = stream;
+        writer.write_all(format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n{field}\r\n{body}").as_bytes())?;
+        if closes {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Waits for the next request; no longer than a while once this process drains.
+fn comes_more(stream: &TcpStream) -> bool {
+    let mut draining_since = None;
+    loop {
+        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::from(TICK_MS)).is_ok_and(|count| count > 0) {
+            return true;
+        }
+        if DRAINING.load(Ordering::SeqCst) {
+            let since: &mut Instant = draining_since.get_or_insert_with(Instant::now);
+            if since.elapsed() > LINGER {
+                return false;
+            }
+        }
+    }
+}
+
+fn body(path: &str) -> String {
+    let (first, rest) = path[1..].split_once('/').unwrap_or((&path[1..], ""));
+    match first {
+        "slow" => {
+            thread::sleep(Duration::from_secs_f64(rest.parse().unwrap_or(0.0)));
+            identity()
+        }
+        "env" => env::var(rest).unwrap_or_default(),
+        "args" => env::args().skip(1).collect::<Vec<_>>().join(" "),
+        "exe" => fs::read_link("/proc/self/exe").unwrap_or_default().display().to_string(),
+        "ids" => format!("{} {}", nix::unistd::getuid(), nix::unistd::getgid()),
+        "child" => std::process::Command::new("sleep").arg("600").spawn().unwrap().id().to_string(),
+        "orphan" => {
+            let shell = std::process::Command::new("sh").args(["-c", "sleep 0.1 & echo $!"]).output().unwrap();
+            String::from_utf8(shell.stdout).unwrap().trim().to_owned()
+        }
+        "exit" => exit(rest.parse().unwrap_or(1)),
+        _ => identity(),
+    }
+}
+
+fn identity() -> String {
+    format!("gen={} pid={}", env::var("HANDOVER_GENERATION").unwrap_or_default(), std::process::id())
+}
+
+fn notify(message: &str) {
+    use std::os::linux::net::SocketAddrExt;
+    let name = env::var("NOTIFY_SOCKET").unwrap();
+    let address = std::os::unix::net::SocketAddr::from_abstract_name(name.strip_prefix('@').unwrap()).unwrap();
+    UnixDatagram::unbound().unwrap().send_to_addr(message.as_bytes(), &address).unwrap();
+}

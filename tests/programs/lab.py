@@ -1,0 +1,97 @@
+"""Programs under `handover exec`, and the load client on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import unittest
+from typing import Any, Callable, Dict, List
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+BIN = os.environ["HANDOVER_BIN"]
+HANDOVER = os.path.join(BIN, "handover")
+ORACLE = os.path.join(BIN, "examples", "oracle")
+PATIENCE_SECONDS = 60.0
+
+
+def wait_for(what: str, condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        found = condition()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"in vain: {what}")
+        time.sleep(0.01)
+
+
+class Oracle:
+    """Load, and at its end how every request ended."""
+
+    def __init__(self, case: unittest.TestCase, address: str, *load: str) -> None:
+        command = [ORACLE, "--target", address, *load, "--json"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        case.addCleanup(self._end)
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def stop(self) -> Dict[str, Any]:
+        self._process.terminate()
+        out, _ = self._process.communicate(timeout=PATIENCE_SECONDS)
+        return json.loads(out)
+
+
+class Supervised:
+    """A service of `handover exec`."""
+
+    def __init__(self, case: unittest.TestCase, options: List[str], *program: str, env: Dict[str, str] = {}) -> None:
+        self.case = case
+        self.directory = tempfile.mkdtemp(prefix="handover-programs-")
+        self.env = {**os.environ, "HANDOVER_DIR": os.path.join(self.directory, "control"), **env}
+        command = [HANDOVER, "exec", "--listen", "127.0.0.1:0", "--trial", "100ms", *options, "--", *program]
+        command = [part.replace("@DIR@", self.directory) for part in command]
+        self.log = open(os.path.join(self.directory, "log"), "w+", encoding="utf-8")
+        self.process = subprocess.Popen(command, env=self.env, stdout=self.log, stderr=self.log)
+        case.addCleanup(self._remove)
+        wait_for(f"{program} serves", self._serves)
+        self.address = self.status()["listeners"][0]["address"]
+
+    def _serves(self) -> bool:
+        if self.process.poll() is not None:
+            raise AssertionError(f"it ended: {self._log()}")
+        done = self.ask("status", "--json")
+        return done.returncode == 0 and json.loads(done.stdout)["state"] == "serving"
+
+    def _log(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def _remove(self) -> None:
+        for _ in range(2):
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+        self.process.wait(PATIENCE_SECONDS)
+        self.log.close()
+        shutil.rmtree(self.directory)
+
+    def ask(self, verb: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [HANDOVER, verb, "--pid", str(self.process.pid), *arguments]
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS)
+
+    def status(self) -> Dict[str, Any]:
+        return json.loads(self.ask("status", "--json").stdout)
+
+    def upgrade(self, *arguments: str) -> None:
+        done = self.ask("upgrade", *arguments)
+        self.case.assertEqual(done.returncode, 0, done.stdout + done.stderr + self._log())
+
+    def oracle(self, *load: str) -> Oracle:
+        return Oracle(self.case, self.address, *load)

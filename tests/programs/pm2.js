@@ -1,0 +1,28 @@
+// Written for pm2, with `wait_ready` and `shutdown_with_message`: it says when it can serve, and is told to stop by message.
+'use strict';
+const http = require('http');
+const net = require('net');
+
+let draining = false;
+const server = http.createServer((request, response) => {
+  const slow = /^\/slow\/([\d.]+)/.exec(request.url);
+  setTimeout(() => {
+    if (draining) response.setHeader('Connection', 'close');
+    response.end(`gen=${process.env.HANDOVER_GENERATION} pid=${process.pid}`);
+  }, slow ? Number(slow[1]) * 1000 : 0);
+});
+server.keepAliveTimeout = 60000;
+server.listen({ fd: 3 }, () => {
+  if (process.env.APP_NEVER_READY) return;
+  setTimeout(() => process.send('ready'), 200);
+});
+process.on('SIGTERM', () => {
+  console.error('a signal, where a message was due');
+  process.exit(1);
+});
+process.on('message', (message) => {
+  if (message !== 'shutdown') return;
+  draining = true;
+  net.Server.prototype.close.call(server, () => process.exit(0));
+  setTimeout(() => setInterval(() => server.closeIdleConnections(), 20), 500);
+});
