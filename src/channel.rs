@@ -10,7 +10,10 @@ use std::time::Instant;
 use nix::poll::{PollFd, PollFlags};
 use sendfd::SendWithFd;
 
-use crate::protocol::{FD_BYTE, FDS_PER_MESSAGE, HEADER_BYTES, Header, Malformed, Message, Offer, VERSIONS, Versions};
+use crate::both::both;
+use crate::protocol::{
+    FD_BYTE, FDS_PER_MESSAGE, HEADER_BYTES, Header, MANY, Malformed, Message, Offer, VERSIONS, Versions,
+};
 use crate::sys;
 
 pub(crate) struct Channel {
@@ -75,7 +78,7 @@ impl Channel {
 
     /// Queues a frame and sends what the socket takes; [`flush`](Self::flush) sends the rest. That the other side has
     /// closed the channel is no error here: what it said before is still to be read, and after that comes the end.
-    pub(crate) fn send(&mut self, message: Message, fds: Vec<Arc<OwnedFd>>) -> Result<(), Broken> {
+    pub(crate) fn send(&mut self, message: &Message, fds: Vec<Arc<OwnedFd>>) -> Result<(), Broken> {
         let bytes = message.encode().map_err(|malformed| io::Error::other(malformed.0))?;
         self.outgoing.push_back(Outgoing::Bytes { bytes, sent: 0 });
         self.outgoing.extend(fds.chunks(FDS_PER_MESSAGE).map(|fds| Outgoing::Fds(fds.to_vec())));
@@ -176,15 +179,13 @@ impl Channel {
         if !self.read_exact(&mut body, deadline)? {
             return Ok(None);
         }
-        if let Some(versions) = header.offered_versions(&body).filter(|versions| VERSIONS.common(*versions).is_none()) {
-            return Err(Broken::Versions(versions));
+        if header.fds < MANY {
+            let offer = decode_offer(header, &body)?;
+            return Ok(self.receive_fds(header.fds, deadline)?.map(|fds| (offer, fds)));
         }
-        let offer = match Message::decode(header, &body)? {
-            Message::Offer(offer) => *offer,
-            Message::Aborted { reason } => return Err(Malformed(format!("`aborted`: {reason}")).into()),
-            other => return Err(Malformed(format!("`{}` instead of an offer", other.name())).into()),
-        };
-        Ok(self.receive_fds(offer.fd_count(), deadline)?.map(|fds| (offer, fds)))
+        let (fds, offer) = both(|| self.receive_fds(header.fds, deadline), || decode_offer(header, &body));
+        let offer = offer?;
+        Ok(fds?.map(|fds| (offer, fds)))
     }
 
     fn receive_fds(&mut self, count: usize, deadline: Instant) -> Result<Option<Vec<OwnedFd>>, Broken> {
@@ -248,6 +249,24 @@ impl AsFd for Channel {
     }
 }
 
+/// The versions come first: an offer in none of ours may mean something else by every other field.
+fn decode_offer(header: Header, body: &[u8]) -> Result<Offer, Broken> {
+    let decoded = Message::decode(header, body);
+    let versions = match &decoded {
+        Ok(Message::Offer(offer)) => Some(offer.protocol),
+        Ok(_) => None,
+        Err(_) => header.offered_versions(body),
+    };
+    if let Some(versions) = versions.filter(|versions| VERSIONS.common(*versions).is_none()) {
+        return Err(Broken::Versions(versions));
+    }
+    match decoded? {
+        Message::Offer(offer) => Ok(*offer),
+        Message::Aborted { reason } => Err(Malformed(format!("`aborted`: {reason}")).into()),
+        other => Err(Malformed(format!("`{}` instead of an offer", other.name())).into()),
+    }
+}
+
 /// Grows the fd table in one step. In a process with threads every doubling waits for an RCU grace period, which for
 /// ten thousand fds adds up to 75 ms instead of 3. Failing here costs only that time.
 fn grow_fd_table(any: BorrowedFd<'_>, count: usize) {
@@ -263,7 +282,7 @@ pub(crate) fn poll_fd<'a>(fd: &'a impl AsFd, flags: PollFlags) -> PollFd<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{Kind, OfferedListener};
+    use crate::protocol::{Kind, OfferedAddress, OfferedListener};
     use std::time::Duration;
 
     fn soon() -> Instant {
@@ -274,7 +293,7 @@ mod tests {
         let listener = |index| OfferedListener {
             name: format!("listener-{index}"),
             kind: Kind::Tcp,
-            address: "127.0.0.1:1".into(),
+            address: OfferedAddress::Ip("127.0.0.1:1".parse().unwrap()),
             cookie: index as u64,
             path: None,
             backlog: None,
@@ -299,12 +318,17 @@ mod tests {
     /// More bytes and messages than the socket's buffer holds, so that sending must go on later.
     #[test]
     fn an_offer_larger_than_the_socket_buffer_crosses() {
-        let count = 700;
+        for count in [700, MANY + 700] {
+            offer_crosses(count);
+        }
+    }
+
+    fn offer_crosses(count: usize) {
         let (a, b) = UnixStream::pair().unwrap();
         socket2::SockRef::from(&a).set_send_buffer_size(4096).unwrap();
         let (mut old, mut new) = (Channel::new(a).unwrap(), Channel::new(b).unwrap());
         let fd = Arc::new(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
-        old.send(Message::Offer(offer(count).into()), vec![fd; count]).unwrap();
+        old.send(&Message::Offer(offer(count).into()), vec![fd; count]).unwrap();
         assert!(old.interest().contains(PollFlags::POLLOUT));
         let receiver = std::thread::spawn(move || new.receive_offer(soon()).unwrap().unwrap());
         while old.interest().contains(PollFlags::POLLOUT) {

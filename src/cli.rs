@@ -17,6 +17,8 @@ mod stop;
 mod upgrade;
 
 use std::fs;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -29,6 +31,9 @@ pub(crate) use exit::Exit;
 use exit::Failure;
 pub(crate) use journal::log_to_stderr;
 use output::Output;
+
+/// More than a pid with white space around it takes.
+const PID_FILE_BYTES_MAX: u64 = 64;
 
 /// Replace a running server with its new build without dropping a connection
 ///
@@ -115,10 +120,14 @@ impl Which {
 }
 
 fn pid_in(file: &PathBuf) -> Result<Target, Failure> {
-    let text = fs::read_to_string(file).map_err(|error| {
+    let mut bytes = Vec::new();
+    // Whatever it is, it is not waited for.
+    let opened = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(file);
+    opened.and_then(|file| file.take(PID_FILE_BYTES_MAX).read_to_end(&mut bytes)).map_err(|error| {
         let message = format!("cannot read the pid file {}: {error} (is the service running?)", file.display());
         Failure::new(Exit::NotRunning, message)
     })?;
+    let text = String::from_utf8_lossy(&bytes);
     match text.trim().parse() {
         Ok(pid) if pid > 0 => Ok(Target::Pid(pid)),
         _ => Err(Failure::usage(format!("the pid file {} has no pid in it (is it the right file?)", file.display()))),

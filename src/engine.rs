@@ -149,9 +149,9 @@ impl Engine {
         signals: Option<SignalPipe>,
     ) -> Self {
         let (mut upstream, mut older, mut restart) = (None, vec![], None);
-        if let Some(Handed { channel, parts }) = handed {
+        if let Some(Handed { channel, adopted, parts }) = handed {
             older = new_side::watch_older(parts.older);
-            upstream = channel.map(|channel| Upstream::new(channel, parts.stderr));
+            upstream = channel.map(|channel| Upstream::new(channel, adopted, parts.stderr));
             restart = parts.restart;
         }
         let mut engine = Self {
@@ -184,6 +184,7 @@ impl Engine {
         if let Some(signals) = &self.signals {
             signals.unblock_in_this_thread();
         }
+        self.answer_offer();
         while !self.quit {
             let ready = self.wait();
             for (source, events) in ready {

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use socket2::SockRef;
 
 use crate::watch::{Watch, lock};
 
@@ -111,15 +112,27 @@ impl Gate {
         }
     }
 
+    fn before_first_wait(&self, socket: &GatedSocket) -> io::Result<()> {
+        // The flag belongs to the open file description, so this undoes what another process may have done to it. Here
+        // and not when it was received: there may be thousands of which few are ever waited on.
+        if let Some(fd) = socket.fd() {
+            SockRef::from(&fd).set_nonblocking(true)?;
+        }
+        // Only then: another thread that sees it must find the flag set. The swap makes the call happen once.
+        if !socket.was_waited_on.swap(true, Ordering::AcqRel) {
+            (self.on_first_wait)();
+        }
+        Ok(())
+    }
+
     /// One attempt that does not block.
     pub(crate) fn try_take<R>(
         &self,
         socket: &GatedSocket,
         attempt: impl Fn(BorrowedFd<'_>) -> io::Result<R>,
     ) -> io::Result<Taken<R>> {
-        // Relaxed twice: the flag orders nothing, and the swap makes the call happen once.
-        if !socket.was_waited_on.load(Ordering::Relaxed) && !socket.was_waited_on.swap(true, Ordering::Relaxed) {
-            (self.on_first_wait)();
+        if !socket.was_waited_on.load(Ordering::Acquire) {
+            self.before_first_wait(socket)?;
         }
         let slot = socket.slot.read().unwrap_or_else(PoisonError::into_inner);
         match &*slot {
@@ -232,6 +245,17 @@ mod tests {
         assert!(matches!(gate.try_take(&socket, accept).unwrap(), Taken::Closed));
         gate.open();
         assert!(matches!(gate.try_take(&socket, accept).unwrap(), Taken::Closed));
+    }
+
+    /// Whoever had it before may have left it so, and no accept may block.
+    #[test]
+    fn a_socket_that_blocks_is_made_not_to() {
+        let (gate, listener) = (gate(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let fd = Arc::new(OwnedFd::from(listener));
+        let socket = gate.guard(fd.clone());
+        assert!(!SockRef::from(&fd).nonblocking().unwrap());
+        assert!(matches!(gate.try_take(&socket, accept).unwrap(), Taken::Shut));
+        assert!(SockRef::from(&fd).nonblocking().unwrap());
     }
 
     #[test]

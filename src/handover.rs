@@ -1,7 +1,7 @@
 //! The handle: what a server author uses.
 
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::ToSocketAddrs;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::pin::Pin;
@@ -187,19 +187,17 @@ impl Handover {
         address: impl ToSocketAddrs,
         options: impl Fn() -> WantedOptions,
     ) -> Result<Claimed, Error> {
-        let tried = format!("find the address of listener `{name}`");
-        let addresses: Vec<SocketAddr> = address
-            .to_socket_addrs()
-            .map_err(|error| Error::io(&tried, error).with_kind(ErrorKind::Invalid))?
-            .collect();
-        let mut failure = Error::new(ErrorKind::Invalid, tried, "the name resolves to nothing");
+        let tried = || format!("find the address of listener `{name}`");
+        let addresses = address.to_socket_addrs();
+        let addresses = addresses.map_err(|error| Error::io(tried(), error).with_kind(ErrorKind::Invalid))?;
+        let mut failure = None;
         for address in addresses {
             match self.claim(&Wanted { name, kind, address: Address::Ip(address), options: options() }) {
                 Ok(claimed) => return Ok(claimed),
-                Err(error) => failure = error,
+                Err(error) => failure = Some(error),
             }
         }
-        Err(failure)
+        Err(failure.unwrap_or_else(|| Error::new(ErrorKind::Invalid, tried(), "the name resolves to nothing")))
     }
 
     fn claim(&self, wanted: &Wanted<'_>) -> Result<Claimed, Error> {

@@ -97,6 +97,7 @@ mod systemd;
 mod pid_file;
 mod watch;
 mod poll;
+mod both;
 mod error;
 mod sys;
 

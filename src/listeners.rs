@@ -3,7 +3,7 @@
 mod bind;
 mod options;
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use socket2::SockRef;
@@ -19,7 +20,12 @@ pub use options::{TcpOptions, UnixOptions};
 
 use crate::error::{Error, ErrorKind};
 use crate::gate::{Gate, GatedSocket};
-use crate::protocol::{Claims, Kind, OfferedListener, PathIdentity, name_is_valid};
+use crate::protocol::{Claims, Kind, OfferedAddress, OfferedListener, PathIdentity, name_is_valid};
+use crate::systemd;
+
+/// systemd closes what it takes out of its store on a thread of its own, and says nothing when that is done.
+const FORGET_TIMEOUT: Duration = Duration::from_secs(2);
+const FORGET_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Where a socket is bound.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -76,6 +82,10 @@ impl fmt::Display for Address {
 /// What sort of socket `fd` is; `None` for what can be no listener.
 pub(crate) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<Option<Kind>> {
     let socket = SockRef::from(&fd);
+    // Nothing but TCP has TCP's options: one call instead of two, where there are thousands.
+    if socket.tcp_nodelay().is_ok() {
+        return Ok(Some(Kind::Tcp));
+    }
     let (domain, kind) = (socket.domain()?, socket.r#type()?);
     let ip = domain == socket2::Domain::IPV4 || domain == socket2::Domain::IPV6;
     Ok(match (ip, kind) {
@@ -186,7 +196,10 @@ impl Entry {
         OfferedListener {
             name: self.name.clone(),
             kind: self.kind,
-            address: self.address.to_string(),
+            address: match &self.address {
+                Address::Ip(address) => OfferedAddress::Ip(*address),
+                other => OfferedAddress::Text(other.to_string()),
+            },
             cookie: self.cookie,
             path: self.path,
             backlog: self.backlog,
@@ -225,33 +238,71 @@ impl Wanted<'_> {
 
 /// All listeners of a process. [`claim`](Self::claim) is the only way in.
 pub(crate) struct Listeners {
-    /// By name; a service manager may give one name to several sockets.
-    inherited: BTreeMap<String, Vec<Inherited>>,
-    entries: BTreeMap<String, Entry>,
+    /// In the order in which they came; none where one is claimed.
+    inherited: Vec<Option<Inherited>>,
+    /// In the order in which they were asked for.
+    entries: Vec<Entry>,
+    names: HashMap<String, Name>,
+    /// No other process serves what was inherited: the run that it comes from has ended.
+    alone: bool,
     /// Unclaimed and closed.
     closed_names: Vec<String>,
 }
 
+#[derive(Default)]
+struct Name {
+    is_taken: bool,
+    /// The place of the first socket that came with this name.
+    inherited: Option<usize>,
+    /// There are more: a service manager may give one name to several sockets.
+    is_shared: bool,
+}
+
 impl Listeners {
-    pub(crate) fn new(inherited: Vec<Inherited>) -> Self {
-        let mut by_name: BTreeMap<String, Vec<Inherited>> = BTreeMap::new();
-        for one in inherited {
-            by_name.entry(one.name.clone()).or_default().push(one);
+    pub(crate) fn new(inherited: Vec<Inherited>, alone: bool) -> Self {
+        let mut names: HashMap<String, Name> = HashMap::with_capacity(inherited.len());
+        for (place, one) in inherited.iter().enumerate() {
+            match names.get_mut(&one.name) {
+                Some(name) => name.is_shared = true,
+                None => drop(names.insert(one.name.clone(), Name { inherited: Some(place), ..Name::default() })),
+            }
         }
-        Self { inherited: by_name, entries: BTreeMap::new(), closed_names: vec![] }
+        let entries = Vec::with_capacity(inherited.len());
+        Self { inherited: inherited.into_iter().map(Some).collect(), entries, names, alone, closed_names: vec![] }
     }
 
     /// All of them, as they were in this process before it was replaced.
     #[cfg(feature = "cli")]
     pub(crate) fn resumed(inherited: Vec<Inherited>, gate: &Gate) -> Self {
-        let mut listeners = Self::new(vec![]);
-        listeners.entries = inherited.into_iter().map(|one| (one.name.clone(), entry_of(one, gate))).collect();
+        let mut listeners = Self::new(vec![], true);
+        for one in inherited {
+            listeners.enter(entry_of(one, gate));
+        }
         listeners
     }
 
-    /// In the order of their names.
+    /// In the order in which the application asked for them.
     pub(crate) fn entries(&self) -> impl ExactSizeIterator<Item = &Entry> {
-        self.entries.values()
+        self.entries.iter()
+    }
+
+    fn unclaimed(&self) -> impl Iterator<Item = &Inherited> {
+        self.inherited.iter().flatten()
+    }
+
+    /// What came with this name and is not claimed, and in which places.
+    fn of_name(&self, name: &str) -> impl Iterator<Item = (usize, &Inherited)> {
+        let places = match self.names.get(name) {
+            Some(Name { inherited: Some(first), is_shared: false, .. }) => *first..*first + 1,
+            Some(Name { inherited: Some(first), .. }) => *first..self.inherited.len(),
+            _ => 0..0,
+        };
+        // Out of bounds once they are settled.
+        let ones = self.inherited.get(places.clone()).unwrap_or_default();
+        places
+            .zip(ones)
+            .filter_map(|(place, one)| Some((place, one.as_ref()?)))
+            .filter(move |(_, one)| one.name == name)
     }
 
     /// Takes a listener over by name, or binds it afresh.
@@ -260,20 +311,29 @@ impl Listeners {
             let cause = "names have 1 to 255 bytes, no colon and no control characters";
             return Err(Error::new(ErrorKind::Invalid, format!("name a listener {:?}", wanted.name), cause));
         }
-        match self.entries.get(wanted.name) {
-            Some(_) => {
-                let cause = "this process has a listener of that name already";
-                let error = Error::new(ErrorKind::Invalid, wanted.describe(), cause);
-                Err(error.mend("give each listener its own name"))
-            }
-            None => {
-                let entry = match self.take_inherited(wanted) {
-                    Some(inherited) => keep(inherited, wanted, gate),
-                    None => self.bind(wanted, gate)?,
-                };
-                Ok(self.entries.entry(wanted.name.to_owned()).or_insert(entry))
-            }
+        if self.is_taken(wanted.name) {
+            let cause = "this process has a listener of that name already";
+            let error = Error::new(ErrorKind::Invalid, wanted.describe(), cause);
+            return Err(error.mend("give each listener its own name"));
         }
+        let entry = match self.take_inherited(wanted) {
+            Some(inherited) => keep(inherited, wanted, gate),
+            None => self.bind(wanted, gate)?,
+        };
+        Ok(self.enter(entry))
+    }
+
+    fn is_taken(&self, name: &str) -> bool {
+        self.names.get(name).is_some_and(|name| name.is_taken)
+    }
+
+    fn enter(&mut self, entry: Entry) -> &Entry {
+        match self.names.get_mut(&entry.name) {
+            Some(name) => name.is_taken = true,
+            None => drop(self.names.insert(entry.name.clone(), Name { is_taken: true, ..Name::default() })),
+        }
+        self.entries.push(entry);
+        &self.entries[self.entries.len() - 1]
     }
 
     /// By name and address first. What a service manager passed may have no names, or one name for several sockets:
@@ -282,35 +342,30 @@ impl Listeners {
         let fits = |one: &Inherited| one.kind == wanted.kind && one.address.satisfies(&wanted.address);
         let named_by_manager = |one: &Inherited| one.kind == wanted.kind && one.activated;
         let found_by_manager = |one: &Inherited| one.activated && fits(one);
-        let by_name = self.inherited.get(wanted.name).and_then(|same_name| {
-            let position = same_name.iter().position(fits).or_else(|| same_name.iter().position(named_by_manager))?;
-            Some((wanted.name.to_owned(), position))
-        });
-        let (name, position) = by_name.or_else(|| {
-            let mut all = self.inherited.iter();
-            all.find_map(|(name, ones)| Some((name.clone(), ones.iter().position(found_by_manager)?)))
-        })?;
-        let ones = self.inherited.get_mut(&name)?;
-        let taken = ones.remove(position);
-        if ones.is_empty() {
-            self.inherited.remove(&name);
-        }
-        Some(taken)
+        let by_name = |suits: &dyn Fn(&Inherited) -> bool| {
+            let (place, _) = self.of_name(wanted.name).find(|(_, one)| suits(one))?;
+            Some(place)
+        };
+        let place = by_name(&fits)
+            .or_else(|| by_name(&named_by_manager))
+            .or_else(|| self.inherited.iter().position(|one| one.as_ref().is_some_and(found_by_manager)))?;
+        self.inherited.get_mut(place)?.take()
     }
 
-    fn bind(&self, wanted: &Wanted<'_>, gate: &Gate) -> Result<Entry, Error> {
-        let bound = bind::bind(wanted).map_err(|error| {
-            let in_use = error.cause_is(io::ErrorKind::AddrInUse);
-            match self.inherited.get(wanted.name).and_then(|same_name| same_name.first()) {
-                Some(moved) if in_use => error.mend(format!(
-                    "the listener was handed over with the address {}; while the old process holds that, an address \
-                     that overlaps it cannot be bound: use a name of its own and a port of its own, or `handover stop` \
-                     and start again",
+    fn bind(&mut self, wanted: &Wanted<'_>, gate: &Gate) -> Result<Entry, Error> {
+        let in_use = |error: &Error| error.cause_is(io::ErrorKind::AddrInUse);
+        let bound = match bind::bind(wanted) {
+            Err(error) if in_use(&error) => match self.moved(wanted.name) {
+                None => Err(error),
+                Some(_) if self.alone => self.bind_in_place_of_moved(wanted),
+                Some((_, moved)) => Err(error.mend(format!(
+                    "it was handed over with the address {}, and nothing that overlaps it can be bound while the old \
+                     process holds it: choose another name and port, or `handover restart`",
                     moved.address
-                )),
-                _ => error,
-            }
-        })?;
+                ))),
+            },
+            bound => bound,
+        }?;
         let socket = gate.guard(Arc::new(bound.fd));
         Ok(Entry {
             name: wanted.name.to_owned(),
@@ -326,22 +381,44 @@ impl Listeners {
         })
     }
 
+    /// What was inherited under a name that has another address now.
+    fn moved(&self, name: &str) -> Option<(usize, &Inherited)> {
+        self.of_name(name).find(|(_, one)| !one.activated)
+    }
+
+    /// Closes the old socket first: nobody serves on it any more. The service manager may hold it too.
+    fn bind_in_place_of_moved(&mut self, wanted: &Wanted<'_>) -> Result<bind::Bound, Error> {
+        while let Some((place, _)) = self.moved(wanted.name) {
+            self.inherited[place] = None;
+        }
+        log::info!("listener `{}` moves to {}: the old one is closed", wanted.name, wanted.address);
+        let wait = if systemd::forget_stored(wanted.name) { FORGET_TIMEOUT } else { Duration::ZERO };
+        let deadline = Instant::now() + wait;
+        loop {
+            match bind::bind(wanted) {
+                Err(error) if error.cause_is(io::ErrorKind::AddrInUse) && Instant::now() < deadline => {
+                    std::thread::sleep(FORGET_INTERVAL);
+                }
+                bound => return bound,
+            }
+        }
+    }
+
     /// What became of the listeners so far.
     pub(crate) fn claims(&self) -> Claims {
-        let names = |source: &dyn Fn(Source) -> bool| {
-            self.entries().filter(|entry| source(entry.source)).map(|entry| entry.name.clone()).collect()
-        };
+        let (added, kept): (Vec<&Entry>, Vec<&Entry>) = self.entries().partition(|entry| entry.source == Source::Bound);
+        let names = |entries: Vec<&Entry>| entries.into_iter().map(|entry| entry.name.clone()).collect();
         Claims {
-            kept: names(&|source| source != Source::Bound),
-            added: names(&|source| source == Source::Bound),
-            unclaimed: self.inherited.values().flatten().map(|one| one.name.clone()).collect(),
+            kept: names(kept),
+            added: names(added),
+            unclaimed: self.unclaimed().map(|one| one.name.clone()).collect(),
         }
     }
 
     /// Applies what the new build wants different on the sockets it has kept. For commit: before it the sockets are
     /// the old process's.
     pub(crate) fn apply_pending(&mut self) {
-        for entry in self.entries.values_mut() {
+        for entry in &mut self.entries {
             let pending = std::mem::take(&mut entry.pending);
             let Some(fd) = entry.socket.fd() else { continue };
             if let Some(backlog) = pending.backlog {
@@ -360,11 +437,10 @@ impl Listeners {
 
     /// Deals with what nobody has claimed; for commit.
     pub(crate) fn settle_unclaimed(&mut self, policy: Unclaimed, gate: &Gate) {
-        for inherited in std::mem::take(&mut self.inherited).into_values().flatten() {
-            let taken = self.entries.contains_key(&inherited.name);
-            if policy == Unclaimed::Keep && !taken {
+        for inherited in std::mem::take(&mut self.inherited).into_iter().flatten() {
+            if policy == Unclaimed::Keep && !self.is_taken(&inherited.name) {
                 log::info!("listener `{}` at {} is kept unserved", inherited.name, inherited.address);
-                self.entries.insert(inherited.name.clone(), entry_of(inherited, gate));
+                self.enter(entry_of(inherited, gate));
             } else {
                 log::warn!("listener `{}` at {} is not wanted any more: closed", inherited.name, inherited.address);
                 if let (Address::Path(path), Some(identity)) = (&inherited.address, inherited.path) {
@@ -440,15 +516,6 @@ fn keep(inherited: Inherited, wanted: &Wanted<'_>, gate: &Gate) -> Entry {
         }
     }
     entry
-}
-
-/// The address of a socket that was offered with `text`. Of a Unix socket the kernel is asked, since JSON carries no
-/// path that is not UTF-8.
-pub(crate) fn address_of_offered(kind: Kind, text: &str, socket: BorrowedFd<'_>) -> io::Result<Address> {
-    match (kind, text.parse()) {
-        (Kind::Tcp | Kind::Udp, Ok(address)) => Ok(Address::Ip(address)),
-        _ => Address::of(socket),
-    }
 }
 
 #[cfg(test)]

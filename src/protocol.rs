@@ -1,10 +1,13 @@
 //! Frames: encode, decode, limits. No I/O; `docs/protocol.md` is the specification.
 
+use std::borrow::Cow;
+use std::fmt;
 use std::fs::Metadata;
+use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::shared::unix_ms;
 
@@ -15,6 +18,8 @@ pub(crate) const FD_BYTE: u8 = b'F';
 pub(crate) const HEADER_BYTES: usize = 16;
 pub(crate) const BODY_BYTES_MAX: usize = 4 << 20;
 pub(crate) const FDS_MAX: usize = 16_384;
+/// From so many listeners on a second thread is worth its start.
+pub(crate) const MANY: usize = 1000;
 pub(crate) const STATE_BYTES_MAX: u64 = 64 << 20;
 pub(crate) const NAME_BYTES_MAX: usize = 255;
 /// The number of the channel's fd in the new process.
@@ -117,7 +122,7 @@ pub(crate) struct PathIdentity {
 pub(crate) struct OfferedListener {
     pub(crate) name: String,
     pub(crate) kind: Kind,
-    pub(crate) address: String,
+    pub(crate) address: OfferedAddress,
     pub(crate) cookie: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) path: Option<PathIdentity>,
@@ -125,6 +130,41 @@ pub(crate) struct OfferedListener {
     pub(crate) backlog: Option<u32>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) activated: bool,
+}
+
+/// Where a listener is bound. It is a string on the wire; there are thousands, so IP addresses never become one here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum OfferedAddress {
+    Ip(SocketAddr),
+    /// Of a Unix socket: for people.
+    Text(String),
+}
+
+impl Serialize for OfferedAddress {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Ip(address) => address.serialize(serializer),
+            Self::Text(text) => text.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for OfferedAddress {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+        impl serde::de::Visitor<'_> for Text {
+            type Value = OfferedAddress;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an address")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<OfferedAddress, E> {
+                Ok(text.parse().map_or_else(|_| OfferedAddress::Text(text.to_owned()), OfferedAddress::Ip))
+            }
+        }
+        deserializer.deserialize_str(Text)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -194,7 +234,7 @@ pub(crate) struct AdoptedListener {
     pub(crate) cookie: u64,
 }
 
-/// What became of the listeners in a new generation, by name.
+/// What became of the listeners in a new generation, by name, in the order in which its application asked for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Claims {
@@ -242,28 +282,28 @@ pub(crate) enum Message {
 
 /// The bodies that have no type of their own, as they stand on the wire.
 #[derive(Serialize, Deserialize)]
-struct AdoptedBody {
+struct AdoptedBody<'a> {
     protocol: u32,
-    listeners: Vec<AdoptedListener>,
+    listeners: Cow<'a, [AdoptedListener]>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     restart: bool,
 }
 
 #[derive(Serialize, Deserialize)]
-struct RefusedBody {
-    reason: String,
+struct RefusedBody<'a> {
+    reason: Cow<'a, str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     protocol: Option<Versions>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct ReasonBody {
-    reason: String,
+struct ReasonBody<'a> {
+    reason: Cow<'a, str>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct ListenersBody {
-    listeners: Vec<String>,
+struct ListenersBody<'a> {
+    listeners: Cow<'a, [String]>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -365,27 +405,36 @@ impl Message {
     }
 
     /// Header and body; the fds follow as messages of their own. The error is that a bound would be broken.
-    pub(crate) fn encode(self) -> Result<Vec<u8>, Malformed> {
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, Malformed> {
         let (kind, fds) = (self.kind(), self.fd_count());
-        let body = match self {
-            Self::Offer(offer) => serde_json::to_vec(&offer),
+        // About what a listener takes.
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + 1024 + fds * 128);
+        bytes.extend_from_slice(&[0; HEADER_BYTES]);
+        let written = match self {
+            Self::Offer(offer) => serde_json::to_writer(&mut bytes, offer),
             Self::Adopted { protocol, listeners, restart } => {
-                serde_json::to_vec(&AdoptedBody { protocol, listeners, restart })
+                let body = AdoptedBody { protocol: *protocol, listeners: listeners.into(), restart: *restart };
+                serde_json::to_writer(&mut bytes, &body)
             }
-            Self::Refused { reason, protocol } => serde_json::to_vec(&RefusedBody { reason, protocol }),
+            Self::Refused { reason, protocol } => {
+                serde_json::to_writer(&mut bytes, &RefusedBody { reason: reason.into(), protocol: *protocol })
+            }
             Self::Starting { reason } | Self::GaveUp { reason } | Self::Aborted { reason } => {
-                serde_json::to_vec(&ReasonBody { reason })
+                serde_json::to_writer(&mut bytes, &ReasonBody { reason: reason.into() })
             }
-            Self::Ready(claims) => serde_json::to_vec(&claims),
-            Self::Accepting { listeners } => serde_json::to_vec(&ListenersBody { listeners }),
-            Self::Commit | Self::Settled | Self::Stopping => serde_json::to_vec(&EmptyBody {}),
+            Self::Ready(claims) => serde_json::to_writer(&mut bytes, claims),
+            Self::Accepting { listeners } => {
+                serde_json::to_writer(&mut bytes, &ListenersBody { listeners: listeners.into() })
+            }
+            Self::Commit | Self::Settled | Self::Stopping => serde_json::to_writer(&mut bytes, &EmptyBody {}),
         };
-        let body = body.map_err(|error| Malformed(error.to_string()))?;
-        let header = Header { kind, body_bytes: body.len(), fds };
-        if body.len() > BODY_BYTES_MAX || fds > FDS_MAX {
+        written.map_err(|error| Malformed(error.to_string()))?;
+        let body_bytes = bytes.len() - HEADER_BYTES;
+        if body_bytes > BODY_BYTES_MAX || fds > FDS_MAX {
             return Err(Malformed(format!("{fds} listeners, which are more than a frame can carry")));
         }
-        Ok([&header.encode()[..], &body].concat())
+        bytes[..HEADER_BYTES].copy_from_slice(&Header { kind, body_bytes, fds }.encode());
+        Ok(bytes)
     }
 
     pub(crate) fn decode(header: Header, body: &[u8]) -> Result<Self, Malformed> {
@@ -396,24 +445,27 @@ impl Message {
             }
             serde_json::from_slice(body).map_err(|error| Malformed(format!("a bad frame of kind {kind}: {error}")))
         }
+        fn reason(kind: u16, body: &[u8]) -> Result<String, Malformed> {
+            Ok(parse::<ReasonBody<'_>>(kind, body)?.reason.into_owned())
+        }
         let kind = header.kind;
         let message = match kind {
             1 => Self::Offer(parse(kind, body)?),
             2 => {
                 let AdoptedBody { protocol, listeners, restart } = parse(kind, body)?;
-                Self::Adopted { protocol, listeners, restart }
+                Self::Adopted { protocol, listeners: listeners.into_owned(), restart }
             }
             3 => {
                 let RefusedBody { reason, protocol } = parse(kind, body)?;
-                Self::Refused { reason, protocol }
+                Self::Refused { reason: reason.into_owned(), protocol }
             }
-            4 => Self::Starting { reason: parse::<ReasonBody>(kind, body)?.reason },
-            5 => Self::GaveUp { reason: parse::<ReasonBody>(kind, body)?.reason },
+            4 => Self::Starting { reason: reason(kind, body)? },
+            5 => Self::GaveUp { reason: reason(kind, body)? },
             6 => Self::Ready(parse(kind, body)?),
             7 => parse::<EmptyBody>(kind, body).map(|_| Self::Commit)?,
-            8 => Self::Accepting { listeners: parse::<ListenersBody>(kind, body)?.listeners },
+            8 => Self::Accepting { listeners: parse::<ListenersBody<'_>>(kind, body)?.listeners.into_owned() },
             9 => parse::<EmptyBody>(kind, body).map(|_| Self::Settled)?,
-            10 => Self::Aborted { reason: parse::<ReasonBody>(kind, body)?.reason },
+            10 => Self::Aborted { reason: reason(kind, body)? },
             11 => parse::<EmptyBody>(kind, body).map(|_| Self::Stopping)?,
             _ => {
                 return Err(Malformed(format!(

@@ -122,6 +122,7 @@ impl Shared {
             }
         };
         let mut generation = 1;
+        let alone = handed.as_ref().is_none_or(|parts| parts.restart.is_some());
         let (mut inherited, mut state, mut previous) = (activated, None, None);
         if let Some(parts) = handed {
             generation = parts.generation;
@@ -147,7 +148,7 @@ impl Shared {
             draining_event: event().map_err(|error| failed(error.into()))?,
             is_draining: AtomicBool::new(false),
             wake,
-            listeners: Mutex::new(Listeners::new(inherited)),
+            listeners: Mutex::new(Listeners::new(inherited, alone)),
             commands: Mutex::default(),
             handed_state: Mutex::new(state),
             state_provider: Mutex::default(),

@@ -148,6 +148,16 @@ fn store_name(name: &str) -> Option<String> {
     (whole.is_ascii() && whole.len() <= STORE_NAME_BYTES_MAX).then_some(whole)
 }
 
+/// Takes a listener of an earlier run out of the store before this process is ready, and says whether anybody was told.
+pub(crate) fn forget_stored(name: &str) -> bool {
+    let Some(notifier) = Notifier::from_environment() else { return false };
+    notifier.remove_from_store(name);
+    if let Err(error) = notifier.barrier() {
+        log::warn!("the service manager has not confirmed that it forgets listener `{name}`: {error}");
+    }
+    true
+}
+
 /// The listener's name, if `name` is one that it has in the store.
 pub(crate) fn name_in_store(name: &str) -> Option<&str> {
     name.strip_prefix(STORE_PREFIX)

@@ -11,8 +11,8 @@ use serde_json::json;
 use super::exit::{Exit, Failure};
 use super::journal::error_prefix;
 
-/// Of a line of the new build, so that the reason above it stays in sight; `--json` has all that was kept.
-const LINE_CHARS_MAX: usize = 200;
+/// Of what the new build wrote, so that the reason above it stays in sight; `--json` has all that was kept.
+const STDERR_BYTES_MAX: usize = 3000;
 
 pub(crate) struct Output {
     json: bool,
@@ -116,10 +116,11 @@ impl Output {
         }
         let mut lines = vec![format!("handover: {}", result.message)];
         lines.extend(result.mend.iter().map(|mend| format!("what to do: {mend}")));
-        if !result.stderr.is_empty() {
+        let last = last_lines(&result.stderr);
+        if !last.is_empty() {
             lines.push("the last lines that the new build wrote to stderr:".to_owned());
         }
-        lines.extend(result.stderr.iter().map(|line| format!("  | {}", shortened(line, LINE_CHARS_MAX))));
+        lines.extend(last.iter().map(|line| format!("  | {line}")));
         self.complain(&lines);
         exit
     }
@@ -151,6 +152,14 @@ impl Output {
 
 fn stage_line(name: &str, at_ms: f64, details: &str) -> String {
     format!("  {name:<10}{:>10}{details}", time(at_ms)).trim_end().to_owned()
+}
+
+/// The last of `lines` that fit, each of them whole.
+fn last_lines(lines: &[String]) -> &[String] {
+    let mut room = STDERR_BYTES_MAX;
+    let fits = |line: &&String| room.checked_sub(line.len()).inspect(|left| room = *left).is_some();
+    let count = lines.iter().rev().take_while(fits).count();
+    &lines[lines.len() - count..]
 }
 
 /// With a mark where something was cut off.
@@ -262,6 +271,14 @@ mod tests {
     fn what_is_cut_off_is_marked() {
         assert_eq!((shortened("äbc", 3), shortened("äbcd", 3)), ("äbc".to_owned(), "äb…".to_owned()));
         assert_eq!(shortened("abc", usize::MAX), "abc");
+    }
+
+    #[test]
+    fn as_many_of_the_last_lines_as_fit_are_shown_whole() {
+        let lines = ["x".repeat(STDERR_BYTES_MAX), "the reason".to_owned(), "x".repeat(1000)];
+        assert_eq!(last_lines(&lines), &lines[1..]);
+        assert_eq!(last_lines(&lines[1..]), &lines[1..]);
+        assert_eq!(last_lines(&[]), &[] as &[String]);
     }
 
     #[test]

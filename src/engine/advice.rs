@@ -19,7 +19,13 @@ pub(crate) fn advice(failure: Failure, cause: &str, exit: Option<&str>, silent: 
         Failure::ChannelBroken if cause.contains("closed the channel") => {
             Some("does it use the library, and leave fd 3 open?")
         }
-        Failure::ChannelBroken => Some("does something in it write to fd 3? That is the channel to the old process"),
+        Failure::ChannelBroken if cause.contains("no frame") => {
+            Some("does something in it write to fd 3? That is the channel to the old process")
+        }
+        Failure::ChannelBroken if cause.contains("nothing of restarts") => None,
+        Failure::ChannelBroken => {
+            Some("its library does not keep to docs/protocol.md: which one is it, and of what version?")
+        }
         Failure::Exited => advice_for_exit(exit.unwrap_or_default(), silent),
     }
 }
@@ -51,6 +57,9 @@ mod tests {
         assert!(of("was killed by SIGKILL", true).contains("dmesg"));
         let silent = advice(Failure::Silent, "has not even called `Handover::start`", None, true);
         assert!(silent.is_some_and(|advice| advice.contains("does it use the library?")));
+        let broken = |cause| advice(Failure::ChannelBroken, cause, None, true).unwrap_or("");
+        assert!(broken("sent bytes that are no frame (\"GET /\"…)").contains("write to fd 3"));
+        assert!(broken("chose version 9 of the protocol, which was not offered").contains("docs/protocol.md"));
         assert!(of("was killed by SIGHUP", true).contains("by its pid"));
         assert!(of("was killed by SIGSEGV and dumped core", true).contains("handover check"));
         assert!(of("exited with status 1", true).contains("wrote nothing"));

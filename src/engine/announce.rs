@@ -256,6 +256,8 @@ impl Engine {
             _ => State::Upgrading,
         };
         let connections = ConnectionCounts { open: shared.connections.open(), accepted: shared.connections.accepted() };
+        let mut listeners: Vec<ListenerStatus> = shared.listeners().entries().map(listener_status).collect();
+        listeners.sort_by(|a, b| a.name.cmp(&b.name));
         Status {
             pid: std::process::id().cast_signed(),
             generation: shared.generation,
@@ -266,7 +268,7 @@ impl Engine {
             directory: shared.started.directory(&shared.config, None),
             build: shared.build_identity(),
             previous: shared.previous.clone(),
-            listeners: shared.listeners().entries().map(listener_status).collect(),
+            listeners,
             connections,
             draining: self.older.iter().map(|(older, _)| older.clone()).collect(),
             last_upgrade: self.last_upgrade.clone(),

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use crate::channel::Channel;
 use crate::control::messages::{ResultEvent, UpgradeRequest, Wait};
 use crate::control::server::ClientId;
-use crate::protocol::{AdoptedListener, Claims};
+use crate::protocol::{Claims, OfferedListener};
 use crate::sys;
 use crate::upgrade::stderr::StderrTail;
 use crate::upgrade::{Failure, Origin};
@@ -55,7 +55,7 @@ pub(super) struct Attempt {
     /// As this process sees it.
     pub(super) pid: Option<i32>,
     pub(super) stderr: Option<StderrTail>,
-    pub(super) offered: Vec<AdoptedListener>,
+    pub(super) offered: Vec<OfferedListener>,
     pub(super) claims: Claims,
     pub(super) adopted: bool,
     /// Why it says that it is still starting.

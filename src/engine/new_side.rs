@@ -22,13 +22,15 @@ pub(super) struct Upstream {
     pub(super) channel: Channel,
     /// What fd 2 is to be after commit.
     stderr: Option<OwnedFd>,
-    adopted: Instant,
+    /// Until it is sent.
+    adopted: Option<Message>,
+    begun: Instant,
     told_accepting: usize,
 }
 
 impl Upstream {
-    pub(super) fn new(channel: Channel, stderr: Option<OwnedFd>) -> Self {
-        Self { channel, stderr, adopted: Instant::now(), told_accepting: 0 }
+    pub(super) fn new(channel: Channel, adopted: Option<Message>, stderr: Option<OwnedFd>) -> Self {
+        Self { channel, stderr, adopted, begun: Instant::now(), told_accepting: 0 }
     }
 }
 
@@ -43,11 +45,20 @@ pub(super) fn watch_older(older: Vec<DrainingGeneration>) -> Vec<(DrainingGenera
 }
 
 impl Engine {
+    /// Here and not where the offer was received, because meanwhile the application starts up.
+    pub(super) fn answer_offer(&mut self) {
+        if let Some(adopted) = self.upstream.as_mut().and_then(|upstream| upstream.adopted.take()) {
+            self.send_upstream(adopted);
+        }
+    }
+
     pub(super) fn on_app_ready(&mut self) {
-        let claims = self.shared.listeners().claims();
-        if self.shared.config.unclaimed == Unclaimed::Fail && !claims.unclaimed.is_empty() {
-            let reason = format!("it has no use for the listeners {}", claims.unclaimed.join(", "));
-            return self.tell_new_side_with(Event::AppGaveUp, reason);
+        if self.shared.config.unclaimed == Unclaimed::Fail {
+            let unclaimed = self.shared.listeners().claims().unclaimed;
+            if !unclaimed.is_empty() {
+                let reason = format!("it has no use for the listeners {}", unclaimed.join(", "));
+                return self.tell_new_side_with(Event::AppGaveUp, reason);
+            }
         }
         if let Err(error) = self.pid_file.as_ref().map_or(Ok(()), PidFile::prepare) {
             return self.tell_new_side_with(Event::AppGaveUp, error.to_string());
@@ -118,7 +129,7 @@ impl Engine {
             listeners.settle_unclaimed(self.shared.config.unclaimed, &self.shared.gate);
         }
         if let Some(upstream) = &self.upstream {
-            let took = upstream.adopted.elapsed().as_secs_f64() * 1e3;
+            let took = upstream.begun.elapsed().as_secs_f64() * 1e3;
             let generation = self.shared.generation;
             log::info!("generation {generation} accepts, {took:.1} ms after the handover");
             let message = format!("upgraded to generation {generation} (pid {})", std::process::id());
@@ -157,7 +168,7 @@ impl Engine {
 
     fn send_upstream(&mut self, message: Message) {
         let Some(upstream) = &mut self.upstream else { return };
-        if let Err(broken) = upstream.channel.send(message, vec![]) {
+        if let Err(broken) = upstream.channel.send(&message, vec![]) {
             // Its end is read in its turn, and decides.
             log::debug!("the old process {broken}");
         }

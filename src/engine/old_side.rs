@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -17,7 +17,7 @@ use super::{CUT_GRACE, Command, Engine};
 use crate::channel::{Broken, Channel, Received};
 use crate::control::messages::{Outcome, ResultEvent, UpgradeRequest, Wait};
 use crate::listeners::Entry;
-use crate::protocol::{AdoptedListener, Kind, Message, Offer, OfferedState, VERSIONS};
+use crate::protocol::{AdoptedListener, Kind, Message, Offer, OfferedListener, OfferedState, VERSIONS};
 use crate::shared::{Drained, Shared};
 use crate::sys;
 use crate::upgrade::spawn::Plan;
@@ -177,12 +177,14 @@ impl Engine {
         let shared = &self.shared;
         let Some(attempt) = &mut self.attempt else { return Ok(()) };
         let Some(channel) = &mut attempt.channel else { return Err("cannot be talked to".to_owned()) };
-        let listeners = shared.listeners();
-        let held: Vec<(&Entry, Arc<OwnedFd>)> =
-            listeners.entries().filter_map(|entry| Some((entry, entry.socket.fd()?))).collect();
-        let (entries, mut fds): (Vec<&Entry>, Vec<Arc<OwnedFd>>) = held.into_iter().unzip();
-        let named = |entry: &&Entry| AdoptedListener { name: entry.name.clone(), cookie: entry.cookie };
-        attempt.offered = entries.iter().map(named).collect();
+        let held = shared.listeners();
+        let (mut listeners, mut fds) = (Vec::with_capacity(held.entries().len()), vec![]);
+        for entry in held.entries() {
+            let Some(fd) = entry.socket.fd() else { continue };
+            listeners.push(entry.offered());
+            fds.push(fd);
+        }
+        drop(held);
         let mut offered_state = None;
         if let Some(state) = state {
             offered_state = Some(OfferedState { version: state.version, length: state.bytes.len() as u64 });
@@ -201,7 +203,7 @@ impl Engine {
             protocol: VERSIONS,
             generation: shared.generation + 1,
             pid: std::process::id().cast_signed(),
-            listeners: entries.iter().map(|entry| entry.offered()).collect(),
+            listeners,
             state: offered_state,
             stderr,
             draining: self.older.iter().map(|(older, _)| older.clone()).collect(),
@@ -211,12 +213,17 @@ impl Engine {
             program: Some(shared.started.lasting_program()).filter(|path| attempt.request.previous && is_unicode(path)),
             restart,
         };
-        channel.send(Message::Offer(offer.into()), fds).map_err(|broken| broken.to_string())
+        let message = Message::Offer(offer.into());
+        channel.send(&message, fds).map_err(|broken| broken.to_string())?;
+        if let Message::Offer(offer) = message {
+            attempt.offered = offer.listeners;
+        }
+        Ok(())
     }
 
     fn send(&mut self, message: Message) -> Result<(), String> {
         match self.attempt.as_mut().and_then(|attempt| attempt.channel.as_mut()) {
-            Some(channel) => channel.send(message, vec![]).map_err(|broken| broken.to_string()),
+            Some(channel) => channel.send(&message, vec![]).map_err(|broken| broken.to_string()),
             None => Err("cannot be talked to".to_owned()),
         }
     }
@@ -273,10 +280,7 @@ impl Engine {
                 self.failed(Failure::ChannelBroken, cause.to_owned())
             }
             (S::Starting, Message::Adopted { protocol, mut listeners, .. }) => {
-                let by_name = |a: &AdoptedListener, b: &AdoptedListener| a.name.cmp(&b.name);
-                listeners.sort_by(by_name);
-                attempt.offered.sort_by(by_name);
-                if listeners != attempt.offered {
+                if !is_what_was_offered(&mut listeners, &mut attempt.offered) {
                     let (got, offered) = (listeners.len(), attempt.offered.len());
                     let cause = match got == offered {
                         true => "adopted other sockets than those that were offered".to_owned(),
@@ -552,6 +556,20 @@ impl Engine {
         if progress == Progress::Healthy {
             self.answer_if_waiting(Wait::Healthy);
         }
+    }
+}
+
+/// In any order, but a new process has little reason to choose another one.
+fn is_what_was_offered(adopted: &mut [AdoptedListener], offered: &mut [OfferedListener]) -> bool {
+    let same = |adopted: &[AdoptedListener], offered: &[OfferedListener]| {
+        let mut pairs = adopted.iter().zip(offered);
+        adopted.len() == offered.len()
+            && pairs.all(|(adopted, offered)| adopted.name == offered.name && adopted.cookie == offered.cookie)
+    };
+    same(adopted, offered) || {
+        adopted.sort_by(|a, b| a.name.cmp(&b.name));
+        offered.sort_by(|a, b| a.name.cmp(&b.name));
+        same(adopted, offered)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::env;
 use std::io::{self, Read, Seek};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -14,14 +14,15 @@ use nix::unistd::Pid;
 use socket2::SockRef;
 
 use super::restart::{self, Restart};
+use crate::both::both;
 use crate::channel::{Broken, Channel};
 use crate::control::{Client, Target};
 use crate::engine::SignalPipe;
 use crate::error::{Error, ErrorKind};
-use crate::listeners::{Inherited, Source, address_of_offered, kind_of};
+use crate::listeners::{Address, Inherited, Source, kind_of};
 use crate::protocol::{
-    AdoptedListener, BuildIdentity, CHANNEL_VARIABLE, DrainingGeneration, Message, Offer, OfferedListener,
-    STATE_BYTES_MAX, VERSIONS, name_is_valid,
+    AdoptedListener, BuildIdentity, CHANNEL_VARIABLE, DrainingGeneration, Kind, MANY, Message, Offer, OfferedAddress,
+    OfferedListener, STATE_BYTES_MAX, VERSIONS, name_is_valid,
 };
 use crate::state::HandedState;
 use crate::sys;
@@ -36,6 +37,8 @@ const DEATH_TIMEOUT: Duration = Duration::from_secs(2);
 pub(crate) struct Handed {
     /// None after a restart: nobody is at its other end any more.
     pub(crate) channel: Option<Channel>,
+    /// The answer that is due, if it is.
+    pub(crate) adopted: Option<Message>,
     pub(crate) parts: HandedParts,
 }
 
@@ -63,7 +66,7 @@ pub(crate) fn from_environment(signals: Option<&mut SignalPipe>) -> Result<Optio
     let old = getsockopt(&stream, PeerCredentials).map_err(io::Error::from);
     let old = old.and_then(|old| sys::pidfd_of_peer(stream.as_fd(), Pid::from_raw(old.pid())));
     let mut handed = receive(stream, None, &old, TRIED)?;
-    if let Some(Handed { channel, parts: HandedParts { restart: Some(restart), stderr, .. } }) = &mut handed {
+    if let Some(Handed { channel, parts: HandedParts { restart: Some(restart), stderr, .. }, .. }) = &mut handed {
         restart::take_stderr(stderr.take());
         let ended = restart.wait_for_the_end(&old, channel.take(), signals);
         ended.map_err(|cause| Error::new(ErrorKind::NotUpgraded, TRIED, cause))?;
@@ -154,12 +157,17 @@ fn receive(
             let listeners = parts.inherited.iter();
             let listeners =
                 listeners.map(|one| AdoptedListener { name: one.name.clone(), cookie: one.cookie }).collect();
-            let adopted = Message::Adopted { protocol: version, listeners, restart: parts.restart.is_some() };
-            // If the old process is gone, its end of the channel says so to the engine.
-            if let Err(broken) = channel.send(adopted, vec![]) {
+            let is_restart = parts.restart.is_some();
+            let adopted = Message::Adopted { protocol: version, listeners, restart: is_restart };
+            if !is_restart {
+                // By the engine, while the application starts up.
+                return Ok(Some(Handed { channel: Some(channel), adopted: Some(adopted), parts }));
+            }
+            // At once: this process waits for the end of the old one, and that waits for this.
+            if let Err(broken) = channel.send(&adopted, vec![]) {
                 log::debug!("the old process {broken}");
             }
-            Ok(Some(Handed { channel: Some(channel), parts }))
+            Ok(Some(Handed { channel: Some(channel), adopted: None, parts }))
         }
         Err(reason) => {
             refuse(&mut channel, &reason, false);
@@ -170,7 +178,7 @@ fn receive(
 
 fn refuse(channel: &mut Channel, reason: &str, versions: bool) {
     let protocol = versions.then_some(VERSIONS);
-    let _ = channel.send(Message::Refused { reason: reason.to_owned(), protocol }, vec![]);
+    let _ = channel.send(&Message::Refused { reason: reason.to_owned(), protocol }, vec![]);
 }
 
 fn check(
@@ -179,11 +187,12 @@ fn check(
     old_pid: Option<i32>,
     old: &io::Result<OwnedFd>,
 ) -> Result<HandedParts, String> {
+    let listeners: Vec<(&OfferedListener, &OwnedFd)> = offer.listeners.iter().zip(&fds).collect();
+    check_listeners(&listeners)?;
     let mut fds = fds.into_iter();
     let mut inherited = Vec::with_capacity(offer.listeners.len());
     for (listener, fd) in offer.listeners.into_iter().zip(&mut fds) {
-        let name = listener.name.clone();
-        inherited.push(adopt(listener, fd).map_err(|reason| format!("listener `{name}`: {reason}"))?);
+        inherited.push(adopt(listener, fd)?);
     }
     let state = match offer.state {
         None => None,
@@ -204,28 +213,47 @@ fn check(
     Ok(HandedParts { generation, inherited, state, stderr, older, build, program, restart })
 }
 
-fn adopt(listener: OfferedListener, fd: OwnedFd) -> Result<Inherited, String> {
-    let io = |error: io::Error| error.to_string();
+/// In two halves at the same time where there are many: each takes two system calls, and clients wait.
+fn check_listeners(listeners: &[(&OfferedListener, &OwnedFd)]) -> Result<(), String> {
+    let check_all = |listeners: &[(&OfferedListener, &OwnedFd)]| {
+        listeners.iter().try_for_each(|(listener, fd)| {
+            let checked = check_listener(listener, fd.as_fd());
+            checked.map_err(|reason| format!("listener `{}`: {reason}", listener.name))
+        })
+    };
+    if listeners.len() < MANY {
+        return check_all(listeners);
+    }
+    let (first, second) = listeners.split_at(listeners.len() / 2);
+    let (first, second) = both(|| check_all(first), || check_all(second));
+    first.and(second)
+}
+
+fn check_listener(listener: &OfferedListener, fd: BorrowedFd<'_>) -> Result<(), String> {
     if !name_is_valid(&listener.name) {
         return Err("that is no valid name".to_owned());
     }
-    let socket = SockRef::from(&fd);
-    let cookie = socket.cookie().map_err(io)?;
+    let cookie = SockRef::from(&fd).cookie().map_err(|error| error.to_string())?;
     if cookie != listener.cookie {
         return Err(format!("the socket received has cookie {cookie} instead of {}", listener.cookie));
     }
-    let kind = kind_of(fd.as_fd()).map_err(io)?;
-    if kind != Some(listener.kind) {
-        return Err(format!("the socket received is not of kind {}", listener.kind));
+    match kind_of(fd).map_err(|error| error.to_string())? {
+        Some(kind) if kind == listener.kind => Ok(()),
+        _ => Err(format!("the socket received is not of kind {}", listener.kind)),
     }
-    // The flag belongs to the open file description, so this undoes what anybody else has done to it.
-    socket.set_nonblocking(true).map_err(io)?;
-    let address = address_of_offered(listener.kind, &listener.address, fd.as_fd()).map_err(io)?;
+}
+
+fn adopt(listener: OfferedListener, fd: OwnedFd) -> Result<Inherited, String> {
+    let address = match (listener.kind, listener.address) {
+        (Kind::Tcp | Kind::Udp, OfferedAddress::Ip(address)) => Address::Ip(address),
+        // JSON carries no path that is not UTF-8.
+        _ => Address::of(fd.as_fd()).map_err(|error| format!("listener `{}`: {error}", listener.name))?,
+    };
     Ok(Inherited {
         name: listener.name,
         kind: listener.kind,
         address,
-        cookie,
+        cookie: listener.cookie,
         path: listener.path,
         backlog: listener.backlog,
         source: Source::HandedOver,
@@ -250,4 +278,45 @@ fn read_state(version: u32, length: u64, fd: OwnedFd) -> Result<HandedState, Str
         return Err(format!("a state of {} bytes instead of {length}", bytes.len()));
     }
     Ok(HandedState { version, bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Also in that half of thousands that is checked on another thread.
+    #[test]
+    fn one_wrong_listener_is_found_wherever_it_is() {
+        let fd = OwnedFd::from(std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        let cookie = SockRef::from(&fd).cookie().unwrap();
+        let listener = |number: usize| OfferedListener {
+            name: format!("l{number}"),
+            kind: Kind::Tcp,
+            address: OfferedAddress::Text(String::new()),
+            cookie,
+            path: None,
+            backlog: None,
+            activated: false,
+        };
+        for count in [3, MANY] {
+            let mut offered: Vec<OfferedListener> = (0..count).map(listener).collect();
+            let check = |offered: &[OfferedListener]| {
+                let pairs: Vec<_> = offered.iter().map(|listener| (listener, &fd)).collect();
+                check_listeners(&pairs)
+            };
+            assert_eq!(check(&offered), Ok(()));
+            for wrong in [0, count / 2, count - 1] {
+                offered[wrong].kind = Kind::Udp;
+                let reason = format!("listener `l{wrong}`: the socket received is not of kind udp");
+                assert_eq!(check(&offered), Err(reason));
+                offered[wrong] = OfferedListener { cookie: cookie + 1, ..listener(wrong) };
+                let reason = check(&offered).unwrap_err();
+                assert!(
+                    reason.starts_with(&format!("listener `l{wrong}`: the socket received has cookie")),
+                    "{reason}"
+                );
+                offered[wrong] = listener(wrong);
+            }
+        }
+    }
 }

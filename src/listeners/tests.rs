@@ -33,7 +33,7 @@ fn gate() -> Gate {
 
 /// What a process that has claimed `wanted` would hand over.
 fn handed_over(wanted: &[Wanted<'_>]) -> Vec<Inherited> {
-    let (mut old, gate) = (Listeners::new(vec![]), gate());
+    let (mut old, gate) = (Listeners::new(vec![], true), gate());
     for one in wanted {
         old.claim(one, &gate).unwrap();
     }
@@ -55,7 +55,7 @@ fn handed_over(wanted: &[Wanted<'_>]) -> Vec<Inherited> {
 fn the_same_name_and_address_keep_the_socket_and_port_0_means_any() {
     let inherited = handed_over(&[tcp("http", "127.0.0.1:0")]);
     let (cookie, address) = (inherited[0].cookie, inherited[0].address.clone());
-    let mut new = Listeners::new(inherited);
+    let mut new = Listeners::new(inherited, false);
     let gate = gate();
     let entry = new.claim(&tcp("http", "127.0.0.1:0"), &gate).unwrap();
     assert_eq!((entry.cookie, &entry.address), (cookie, &address));
@@ -66,14 +66,14 @@ fn the_same_name_and_address_keep_the_socket_and_port_0_means_any() {
 fn two_names_on_one_address_stay_apart() {
     let inherited = handed_over(&[tcp("a", "127.0.0.1:0"), tcp("b", "127.0.0.1:0")]);
     let cookies: Vec<u64> = inherited.iter().map(|inherited| inherited.cookie).collect();
-    let (mut new, gate) = (Listeners::new(inherited), gate());
+    let (mut new, gate) = (Listeners::new(inherited, false), gate());
     assert_eq!(new.claim(&tcp("b", "127.0.0.1:0"), &gate).unwrap().cookie, cookies[1]);
     assert_eq!(new.claim(&tcp("a", "127.0.0.1:0"), &gate).unwrap().cookie, cookies[0]);
 }
 
 #[test]
 fn another_address_is_bound_afresh_and_the_old_one_is_unclaimed() {
-    let (mut new, gate) = (Listeners::new(handed_over(&[tcp("http", "127.0.0.1:0")])), gate());
+    let (mut new, gate) = (Listeners::new(handed_over(&[tcp("http", "127.0.0.1:0")]), false), gate());
     assert_eq!(new.claim(&tcp("http", "127.0.0.2:0"), &gate).unwrap().source, Source::Bound);
     let claims = new.claims();
     assert_eq!(
@@ -86,14 +86,26 @@ fn another_address_is_bound_afresh_and_the_old_one_is_unclaimed() {
 fn an_overlapping_address_names_the_one_that_is_in_its_way() {
     let inherited = handed_over(&[tcp("http", "127.0.0.1:0")]);
     let Address::Ip(address) = inherited[0].address else { panic!() };
-    let (mut new, gate) = (Listeners::new(inherited), gate());
+    let (mut new, gate) = (Listeners::new(inherited, false), gate());
     let Err(error) = new.claim(&tcp("http", &format!("0.0.0.0:{}", address.port())), &gate) else { panic!() };
     assert!(error.to_string().contains(&format!("handed over with the address {address}")), "{error}");
 }
 
 #[test]
+fn what_an_earlier_run_has_left_is_not_in_the_way() {
+    let inherited = handed_over(&[tcp("http", "127.0.0.1:0"), tcp("other", "127.0.0.1:0")]);
+    let ports = inherited.iter().map(|one| if let Address::Ip(address) = one.address { address.port() } else { 0 });
+    let (ports, gate) = (ports.collect::<Vec<_>>(), gate());
+    let mut new = Listeners::new(inherited, true);
+    assert_eq!(new.claim(&tcp("http", &format!("0.0.0.0:{}", ports[0])), &gate).unwrap().source, Source::Bound);
+    assert_eq!(new.claims().unclaimed, ["other"]);
+    // Nothing but the listener's own old socket is closed for it.
+    assert!(new.claim(&tcp("third", &format!("0.0.0.0:{}", ports[1])), &gate).is_err());
+}
+
+#[test]
 fn a_name_is_used_once_and_must_be_valid() {
-    let (mut listeners, gate) = (Listeners::new(vec![]), gate());
+    let (mut listeners, gate) = (Listeners::new(vec![], true), gate());
     listeners.claim(&tcp("http", "127.0.0.1:0"), &gate).unwrap();
     for bad in ["http", "", "a:b"] {
         let Err(error) = listeners.claim(&tcp(bad, "127.0.0.1:0"), &gate) else { panic!() };
@@ -108,7 +120,7 @@ fn what_a_service_manager_passes_is_found_by_name_or_by_address() {
     let second = named[1].address.to_string();
     let activated =
         named.into_iter().map(|inherited| Inherited::activated(inherited.name, inherited.fd).unwrap().unwrap());
-    let (mut new, gate) = (Listeners::new(activated.collect()), gate());
+    let (mut new, gate) = (Listeners::new(activated.collect(), true), gate());
     // By name, whatever address the program has in mind; without its name, by address.
     assert_eq!(new.claim(&tcp("http", "127.0.0.9:1"), &gate).unwrap().cookie, cookies[0]);
     assert_eq!(new.claim(&tcp("admin", &second), &gate).unwrap().cookie, cookies[1]);
@@ -116,10 +128,10 @@ fn what_a_service_manager_passes_is_found_by_name_or_by_address() {
 
 #[test]
 fn the_policy_decides_about_what_is_unclaimed() {
-    let mut closing = Listeners::new(handed_over(&[tcp("a", "127.0.0.1:0")]));
+    let mut closing = Listeners::new(handed_over(&[tcp("a", "127.0.0.1:0")]), false);
     closing.settle_unclaimed(Unclaimed::Close, &gate());
     assert!(closing.entries().len() == 0);
-    let mut keeping = Listeners::new(handed_over(&[tcp("a", "127.0.0.1:0")]));
+    let mut keeping = Listeners::new(handed_over(&[tcp("a", "127.0.0.1:0")]), false);
     keeping.settle_unclaimed(Unclaimed::Keep, &gate());
     assert_eq!(keeping.entries().next().unwrap().name, "a");
 }
@@ -128,7 +140,7 @@ fn the_policy_decides_about_what_is_unclaimed() {
 fn a_unix_path_has_the_mode_before_it_listens_and_is_unlinked_only_if_ours() {
     let directory = Directory::new("unix-mode");
     let path = directory.0.join("s.sock");
-    let (mut listeners, gate) = (Listeners::new(vec![]), gate());
+    let (mut listeners, gate) = (Listeners::new(vec![], true), gate());
     listeners.claim(&unix("s", &path, UnixOptions::default().mode(0o600)), &gate).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     std::fs::remove_file(&path).unwrap();
@@ -144,7 +156,7 @@ fn a_unix_path_has_the_mode_before_it_listens_and_is_unlinked_only_if_ours() {
 #[test]
 fn a_stale_unix_path_is_replaced_one_that_answers_or_is_no_socket_is_not() {
     let directory = Directory::new("unix-stale");
-    let (mut listeners, gate) = (Listeners::new(vec![]), gate());
+    let (mut listeners, gate) = (Listeners::new(vec![], true), gate());
     let stale = directory.0.join("stale.sock");
     drop(UnixListener::bind(&stale).unwrap());
     listeners.claim(&unix("stale", &stale, UnixOptions::default()), &gate).unwrap();
@@ -163,7 +175,7 @@ fn a_stale_unix_path_is_replaced_one_that_answers_or_is_no_socket_is_not() {
 
 #[test]
 fn abstract_and_dual_stack_addresses_are_read_back() {
-    let (mut listeners, gate) = (Listeners::new(vec![]), gate());
+    let (mut listeners, gate) = (Listeners::new(vec![], true), gate());
     let name = format!("@handover-test-{}", std::process::id());
     let wanted = unix("abstract", Path::new(&name), UnixOptions::default());
     assert_eq!(listeners.claim(&wanted, &gate).unwrap().address.to_string(), name);
@@ -172,4 +184,16 @@ fn abstract_and_dual_stack_addresses_are_read_back() {
     gate.open();
     std::net::TcpStream::connect(("127.0.0.1", address.port())).unwrap();
     std::net::TcpStream::connect(("::1", address.port())).unwrap();
+}
+
+/// What was settled is forgotten: its name is free again.
+#[test]
+fn a_name_whose_listener_was_closed_can_be_asked_for_again() {
+    let (mut new, gate) =
+        (Listeners::new(handed_over(&[tcp("a", "127.0.0.1:0"), tcp("b", "127.0.0.1:0")]), false), gate());
+    new.claim(&tcp("a", "127.0.0.1:0"), &gate).unwrap();
+    new.settle_unclaimed(Unclaimed::Close, &gate);
+    assert_eq!(new.closed_names(), ["b"]);
+    assert_eq!(new.claim(&tcp("b", "127.0.0.1:0"), &gate).unwrap().source, Source::Bound);
+    assert!(new.claim(&tcp("b", "127.0.0.1:0"), &gate).is_err());
 }

@@ -9,7 +9,7 @@ fn offer() -> Offer {
             OfferedListener {
                 name: "http".into(),
                 kind: Kind::Tcp,
-                address: "0.0.0.0:8080".into(),
+                address: OfferedAddress::Ip("0.0.0.0:8080".parse().unwrap()),
                 cookie: 8193,
                 path: None,
                 backlog: Some(4096),
@@ -18,7 +18,7 @@ fn offer() -> Offer {
             OfferedListener {
                 name: "admin".into(),
                 kind: Kind::Unix,
-                address: "/run/app/admin.sock".into(),
+                address: OfferedAddress::Text("/run/app/admin.sock".into()),
                 cookie: 8194,
                 path: Some(PathIdentity { device: 26, inode: 1811 }),
                 backlog: None,
@@ -88,7 +88,7 @@ fn decode(bytes: &[u8]) -> Result<Message, Malformed> {
 #[test]
 fn every_message_survives_the_wire() {
     for message in every_message().into_iter().chain(later_messages().map(|(_, message)| message)) {
-        assert_eq!(decode(&message.clone().encode().unwrap()), Ok(message));
+        assert_eq!(decode(&message.encode().unwrap()), Ok(message));
     }
 }
 
@@ -100,7 +100,7 @@ fn recorded_frames_decode() {
     for (name, message) in recorded.chain(later_messages()) {
         let path = directory.join(name);
         if std::env::var_os("HANDOVER_RECORD").is_some() && !path.exists() {
-            std::fs::write(&path, message.clone().encode().unwrap()).unwrap();
+            std::fs::write(&path, message.encode().unwrap()).unwrap();
         }
         assert_eq!(decode(&std::fs::read(path).unwrap()), Ok(message));
     }

@@ -14,8 +14,7 @@ use crate::error::Error;
 use crate::gate::Gate;
 use crate::inherit::socket_activation;
 use crate::listeners::{
-    Address, Entry, Inherited, Listeners, Source, TcpOptions, Unclaimed, UnixOptions, Wanted, WantedOptions,
-    address_of_offered, kind_of,
+    Address, Entry, Inherited, Listeners, Source, TcpOptions, Unclaimed, UnixOptions, Wanted, WantedOptions, kind_of,
 };
 use crate::protocol::{Kind, OfferedListener};
 use crate::sys;
@@ -37,7 +36,7 @@ impl Sockets {
     pub(super) fn open(wanted: &[Listen], non_blocking: bool) -> Result<Self, Error> {
         let gate = Gate::new(|| {}).map_err(|error| Error::io("prepare to listen", error))?;
         gate.open();
-        let mut listeners = Listeners::new(socket_activation::from_environment());
+        let mut listeners = Listeners::new(socket_activation::from_environment(), true);
         let mut names = Vec::new();
         for (number, one) in (1..).zip(wanted) {
             let name = one.name.clone().unwrap_or_else(|| format!("socket-{number}"));
@@ -166,7 +165,7 @@ impl SavedSocket {
             return Err(other("is another socket"));
         }
         Ok(Inherited {
-            address: address_of_offered(offered.kind, &offered.address, fd.as_fd())?,
+            address: Address::of(fd.as_fd())?,
             name: offered.name,
             kind: offered.kind,
             cookie: offered.cookie,

@@ -22,6 +22,10 @@ pub fn check(program: &Path) -> Result<(), Error> {
     let metadata = match fs::metadata(program) {
         Ok(metadata) => metadata,
         Err(error) => {
+            if let Some((link, target)) = dangling_link(program) {
+                let cause = format!("{} is a link to {}, which does not exist", link.display(), target.display());
+                return refuse(cause, "let the link lead to a build");
+            }
             let error = Error::io(tried(), error).with_kind(ErrorKind::NotUpgraded);
             return Err(error.mend("put the new build there, or name another with --exe"));
         }
@@ -119,6 +123,12 @@ fn architecture(program: &Path) -> Option<String> {
     })
 }
 
+/// The link on the way to `path` that leads nowhere, and where it should lead.
+fn dangling_link(path: &Path) -> Option<(&Path, PathBuf)> {
+    let first_missing = path.ancestors().take_while(|part| !part.exists()).last()?;
+    Some((first_missing, fs::read_link(first_missing).ok()?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,6 +161,10 @@ mod tests {
         let files = Files::new("check");
         let refused = |path: &Path| check(path).unwrap_err().to_string();
         assert!(refused(&files.0.join("missing")).contains("No such file"));
+        std::os::unix::fs::symlink("releases/5", files.0.join("current")).unwrap();
+        for path in ["current", "current/bin/server"] {
+            assert!(refused(&files.0.join(path)).contains("current is a link to releases/5, which does not exist"));
+        }
         assert!(refused(&files.0).contains("it is a directory"));
         assert!(refused(Path::new("/dev/null")).contains("no regular file"));
         assert!(refused(&files.file("plain", b"", 0o644)).contains("chmod +x"));

@@ -183,7 +183,7 @@ fn a_listener_that_is_not_wanted_now_may_be_kept_for_later() {
     server.upgrade(&without).exits_with(0);
     let waits = ask(admin, "/");
     let with = ["--", "--trial", "50ms", "--tcp", "http=127.0.0.1:0", "--tcp", "admin=127.0.0.1:0"];
-    server.upgrade(&with).exits_with(0).says("keeps admin, http");
+    server.upgrade(&with).exits_with(0).says("keeps http, admin");
     assert_eq!(waits.answerer().generation, 3);
     assert_eq!(identities(&server), before);
 }

@@ -231,6 +231,18 @@ fn that_sends_another_socket_than_it_says() {
 }
 
 #[test]
+fn that_says_another_kind_than_it_sends() {
+    for kind in ["udp", "unix", "unix-datagram"] {
+        let (mut old, home, child) = Old::start();
+        let mut offer = old.offer();
+        offer["listeners"][0]["kind"] = kind.into();
+        old.say(OFFER, &offer, 1);
+        old.send_fds(&[old.listener.as_raw_fd()]);
+        old.refused_by_new(&home, child, &format!("listener `http`: the socket received is not of kind {kind}"));
+    }
+}
+
+#[test]
 fn that_sends_what_is_no_socket() {
     let (mut old, home, child) = Old::start();
     let file = File::open("/dev/null").unwrap();

@@ -5,7 +5,6 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::Stdio;
-use std::time::Duration;
 
 use handover::control::State;
 use nix::sys::signal::{Signal, kill};
@@ -432,6 +431,20 @@ fn every_kind_of_listener_keeps_its_socket_and_the_pid_file_follows() {
     assert!(!socket.exists() && !pid_file.exists());
 }
 
+/// Nobody serves on the old socket any more, so it is not in the way.
+#[test]
+fn an_address_may_overlap_the_one_before() {
+    let server = Server::start(&["--tcp", "http=127.0.0.1:0"]);
+    let port = server.address().port();
+    let wide = format!("http=0.0.0.0:{port}");
+    server.upgrade(&["--", "--tcp", &wide]).exits_with(1).complains("it was handed over with the address 127.0.0.1:");
+    server.restart(&["--", "--tcp", &wide]).exits_with(0);
+    let listeners = server.serving().listeners;
+    assert_eq!((listeners.len(), listeners[0].address.as_str()), (1, &wide["http=".len()..]));
+    server.restart(&["--", "--tcp", &format!("http=127.0.0.1:{port}")]).exits_with(0);
+    assert_eq!(server.answerer().generation, 3);
+}
+
 /// Connections are cut because that was asked for; the application still ends in its own way.
 #[test]
 fn drain_hooks_are_waited_for() {
@@ -440,10 +453,13 @@ fn drain_hooks_are_waited_for() {
     let path = home.path("hook");
     let server = Server::start_in(home, &["--tcp", "http=127.0.0.1:0", "--drain-hook", path.to_str().unwrap()]);
     drop(hook);
+    let slow = in_flight(&server, 1);
     let mut restart = server.begin_restart(&["--kill-after", "60s"]);
     restart.wait_for_line("draining");
-    // Longer than connections would be waited for.
-    std::thread::sleep(Duration::from_millis(1500));
+    // Connections are not waited for any longer.
+    for one in slow {
+        assert_eq!(one.try_answer().unwrap_or_default(), "");
+    }
     let mut reader = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
     let mut text = String::new();
     eventually("the hook's words", || {

@@ -1,5 +1,6 @@
 //! The command: whom it asks, what it prints, and its exit codes.
 
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
@@ -58,6 +59,19 @@ fn a_pid_file() {
 }
 
 /// The pid of a stale pid file has been given to another program.
+/// Nothing is read without end, and nobody waited for.
+#[test]
+fn a_pid_file_that_is_none() {
+    let home = Home::new();
+    let bytes = home.path("bytes");
+    std::fs::write(&bytes, [b'1', 0xff]).unwrap();
+    let fifo = home.fifo("fifo");
+    for file in [bytes.as_path(), Path::new("/dev/zero"), &home.path("fifo")] {
+        handover(&["status", "--pid-file", file.to_str().unwrap()]).exits_with(2).complains("has no pid in it");
+    }
+    drop(fifo);
+}
+
 #[test]
 fn a_recycled_pid() {
     let home = Home::new();
