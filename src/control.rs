@@ -10,9 +10,9 @@ pub(crate) mod messages;
 pub(crate) mod server;
 
 pub use client::{Answer, Client};
-#[cfg(feature = "cli")]
-pub(crate) use find::unix_sockets;
 pub use find::{Service, Target, services};
+#[cfg(feature = "cli")]
+pub(crate) use find::{service_of, unix_sockets};
 pub use messages::{
     AcceptedEvent, BuildIdentity, ConnectionCounts, LastUpgrade, Limits, ListenerStatus, Outcome, ResultEvent,
     StageEvent, StageName, State, Status, UpgradeRequest, Wait, WorkerStatus,

@@ -366,6 +366,12 @@ impl Engine {
     fn refusal(&self) -> Option<ResultEvent> {
         let busy = |message: String| Some(ResultEvent::new(Outcome::Busy, message));
         let pid = std::process::id();
+        if self.shared.is_supervised {
+            let supervisor = nix::unistd::getppid();
+            let message =
+                format!("process {pid} is run by `handover exec`, which replaces it: ask process {supervisor}");
+            return Some(ResultEvent::new(Outcome::BadRequest, message));
+        }
         match self.inherit.stage() {
             inherit::Stage::Owner => {}
             inherit::Stage::Starting { .. } | inherit::Stage::Ready => {

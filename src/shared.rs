@@ -20,6 +20,7 @@ use crate::engine::Command;
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::inherit::receive::HandedParts;
+use crate::inherit::socket_activation;
 use crate::listeners::{Inherited, Listeners};
 use crate::state::HandedState;
 use crate::upgrade::spawn::Started;
@@ -34,6 +35,8 @@ type DrainHook = Box<dyn FnOnce() + Send>;
 pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) generation: u64,
+    /// It is `handover exec` that replaces this process.
+    pub(crate) is_supervised: bool,
     pub(crate) started: Started,
     pub(crate) since: SystemTime,
     executable: PathBuf,
@@ -121,11 +124,16 @@ impl Shared {
                 let _ = wake.write(1);
             }
         };
-        let mut generation = 1;
+        let supervised = socket_activation::supervised_generation();
+        let mut generation = supervised.unwrap_or(1);
         let alone = handed.as_ref().is_none_or(|parts| parts.restart.is_some());
         let (mut inherited, mut state, mut previous) = (activated, None, None);
         if let Some(parts) = handed {
             generation = parts.generation;
+            if supervised.is_some() {
+                // What made the offer is the supervisor, which is no generation.
+                parts.older.clear();
+            }
             // First what is handed over: it is what clients know.
             inherited.splice(0..0, std::mem::take(&mut parts.inherited));
             state = parts.state.take();
@@ -138,6 +146,7 @@ impl Shared {
         Ok(Self {
             config,
             generation,
+            is_supervised: supervised.is_some(),
             started,
             since: SystemTime::now(),
             executable: std::env::current_exe().unwrap_or_default(),

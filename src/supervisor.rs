@@ -10,6 +10,7 @@
 //! | `sockets` | the listeners, and the variables that tell a program of them |
 //! | `build` | which program that is, now and after a crash |
 //! | `worker`, `trampoline` | starting it |
+//! | `conversation` | the protocol, with programs that use the library |
 //! | `notify`, `node_channel`, `seen` | how it proves that it can serve |
 //! | `output` | what it writes to stderr |
 //! | `connections`, `family` | what it has open, seen from outside |
@@ -22,6 +23,7 @@ mod sockets;
 mod build;
 mod worker;
 mod trampoline;
+mod conversation;
 mod notify;
 mod node_channel;
 mod seen;

@@ -49,7 +49,7 @@ pub fn services() -> Vec<Service> {
 }
 
 /// The control socket of `pid`.
-pub(super) fn service_of(pid: i32) -> Result<Service, Error> {
+pub(crate) fn service_of(pid: i32) -> Result<Service, Error> {
     let tried = || format!("find the control socket of process {pid}");
     let missing = |cause: &str, mend: &str| Err(Error::new(ErrorKind::NotRunning, tried(), cause).mend(mend));
     match find(pid) {

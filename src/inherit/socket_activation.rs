@@ -9,15 +9,24 @@ use crate::systemd::name_in_store;
 
 const FIRST_FD: i32 = 3;
 
+fn is_for_this_process() -> bool {
+    // Another process's variable, inherited by us, is none of our business.
+    env::var("LISTEN_PID").is_ok_and(|pid| pid.parse() == Ok(std::process::id()))
+}
+
+/// As which generation `handover exec` runs this process, if it does: then it is not for us to start others.
+pub(crate) fn supervised_generation() -> Option<u64> {
+    env::var_os("HANDOVER_WORKER").filter(|_| is_for_this_process())?;
+    env::var("HANDOVER_GENERATION").ok()?.parse().ok()
+}
+
 /// The sockets that a service manager has passed to this very process. What is no socket, or no kind of listener, is
 /// passed over.
 pub(crate) fn from_environment() -> Vec<Inherited> {
-    let number = |name: &str| env::var(name).ok()?.parse::<usize>().ok();
-    // Another process's variable, inherited by us, is none of our business.
-    if number("LISTEN_PID") != usize::try_from(std::process::id()).ok() {
+    if !is_for_this_process() {
         return vec![];
     }
-    let count = number("LISTEN_FDS").unwrap_or(0).min(FDS_MAX);
+    let count = env::var("LISTEN_FDS").ok().and_then(|count| count.parse().ok()).unwrap_or(0).min(FDS_MAX);
     let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
     let mut names = names.split(':');
     let mut found = Vec::new();

@@ -3,6 +3,7 @@
 
 mod answers;
 mod checks;
+mod converse;
 mod drain;
 mod manager;
 mod perform;
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::poll::{PollFd, PollFlags};
 
 use super::build::{Build, Recipe};
+use super::conversation::Conversation;
 use super::machine::{Action, Event, Machine, Order, Phase, Policy, WorkerId};
 use super::options::Options;
 use super::output::{Output, Passed, Stream};
@@ -123,6 +125,7 @@ enum Source {
     Client(ClientId),
     Notify(WorkerId),
     Channel(WorkerId),
+    Conversation(WorkerId),
     Output(WorkerId),
     Leftover,
     Ours(Stream),
@@ -283,6 +286,8 @@ impl Supervisor {
             all.push((Source::Notify(*id), crate::channel::poll_fd(&worker.notify, PollFlags::POLLIN)));
             let channel = worker.channel.as_ref().and_then(|channel| channel.fd());
             all.extend(channel.map(|fd| (Source::Channel(*id), reads(fd))));
+            let conversation = worker.conversation.as_ref().map(Conversation::poll_fd);
+            all.extend(conversation.map(|fd| (Source::Conversation(*id), fd)));
         }
         let blocked = Stream::ALL.into_iter().filter(|stream| self.blocked.contains(stream));
         all.extend(blocked.map(|stream| (Source::Ours(stream), PollFd::new(stream.fd(), PollFlags::POLLOUT))));
@@ -317,6 +322,7 @@ impl Supervisor {
             Source::Client(id) => self.on_client(id, events),
             Source::Notify(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_notify),
             Source::Channel(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_channel),
+            Source::Conversation(id) => self.read_conversation(id),
             Source::Output(id) => {
                 self.blocked.extend(self.workers.get_mut(&id).map(Worker::pass_on).unwrap_or_default());
             }

@@ -55,6 +55,10 @@ pub(crate) enum Event {
     Start(Order),
     Upgrade(Order),
     Ready(WorkerId),
+    /// It says that it needs more time.
+    StillStarting(WorkerId),
+    /// It says that it will not serve, or nothing that can be understood.
+    Refused(WorkerId),
     NotSpawned(WorkerId),
     Exited(WorkerId),
     /// Drain all; also changes the time that a drain under way may take.
@@ -79,6 +83,7 @@ pub(crate) enum Failure {
     NotSpawned,
     Exited,
     Silent,
+    Refused,
     Stopped,
 }
 
@@ -109,7 +114,9 @@ pub(crate) enum Action {
     Abandon(WorkerId),
     /// No worker is left where the new ones are to be started.
     Cleared,
-    /// Every new worker is ready; the trial begins.
+    /// The new workers of this step are ready; their trial begins.
+    LetAccept,
+    /// Every new worker is ready.
     AllReady,
     Commit,
     /// The new build is given up, because of this worker if it was one.
@@ -302,6 +309,8 @@ impl Machine {
                 None => self.roll(order, now),
             },
             Event::Ready(id) => self.ready(id, now),
+            Event::StillStarting(id) => self.still_starting(id, now),
+            Event::Refused(id) => self.refused(id, now),
             Event::NotSpawned(id) => self.gone(id, Failure::NotSpawned, now),
             Event::Exited(id) => self.gone(id, Failure::Exited, now),
             Event::Stop(timeout) => self.stop(timeout, now),

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::build::Build;
+use super::conversation::{Conversation, Terms};
 use super::node_channel::NodeChannel;
 use super::notify::NotifySocket;
 use super::options::{Options, Ready};
@@ -19,6 +20,7 @@ use super::seen::Look;
 use super::sockets::{FIRST_FD, Sockets};
 use super::trampoline;
 use crate::error::Error;
+use crate::protocol::CHANNEL_VARIABLE;
 use crate::{saved, sys};
 
 /// Looking costs; the longer it takes, the less it matters that it is seen at once.
@@ -39,6 +41,9 @@ pub(super) struct Worker {
     pub(super) stderr: Output,
     /// Only with a prefix; otherwise the program has ours.
     pub(super) stdout: Option<Output>,
+    /// Until the upgrade that it was started for is over.
+    #[serde(skip)]
+    pub(super) conversation: Option<Conversation>,
     said_ready: bool,
     sent_ready: bool,
     /// What it last said about itself.
@@ -68,6 +73,8 @@ pub(super) struct Place<'a> {
     pub(super) build: &'a Build,
     pub(super) generation: u64,
     pub(super) slot: usize,
+    /// What is offered to it, if the program may understand that.
+    pub(super) terms: Option<Terms>,
 }
 
 impl Worker {
@@ -82,6 +89,7 @@ impl Worker {
         let (stdout, stdout_of_worker) = stdout.unzip();
         let channel = options.wants_node_channel().then(NodeChannel::pair).transpose().map_err(failed)?;
         let (channel, channel_of_worker) = channel.unzip();
+        let (conversation, its_end) = place.terms.map(Conversation::begin).transpose().map_err(failed)?.unzip();
 
         let mut environment = sockets.environment(place.generation);
         let mut set = |name: &str, value: String| environment.push((name.to_owned(), value));
@@ -96,6 +104,10 @@ impl Worker {
         if let Some(channel) = &channel_of_worker {
             set("NODE_CHANNEL_FD", fds.add(channel.as_fd()).to_string());
             set("NODE_CHANNEL_SERIALIZATION_MODE", "json".to_owned());
+        }
+        if let Some(its_end) = &its_end {
+            let inode = nix::sys::stat::fstat(its_end).map_err(|error| failed(error.into()))?.st_ino;
+            set(CHANNEL_VARIABLE, format!("{}:{inode}", fds.add(its_end.as_fd())));
         }
         fds.fds.push((stderr_of_worker.as_fd(), Stream::Stderr.number()));
         fds.fds.extend(stdout_of_worker.as_ref().map(|pipe| (pipe.as_fd(), Stream::Stdout.number())));
@@ -116,6 +128,7 @@ impl Worker {
             channel,
             stderr,
             stdout,
+            conversation,
             said_ready: false,
             sent_ready: false,
             status: None,
@@ -166,6 +179,11 @@ impl Worker {
         if self.proof.is_some() {
             return;
         }
+        if self.conversation.as_ref().is_some_and(Conversation::is_adopted) {
+            // It says so itself, and accepts only then.
+            self.next_look = None;
+            return;
+        }
         let accepts = |way: Ready| ready == Ready::Any || ready == way;
         if self.said_ready && accepts(Ready::Notify) {
             self.proof = Some("said READY=1".to_owned());
@@ -199,6 +217,9 @@ impl Worker {
         let status = self.status.as_ref().map(|status| format!(" (it last said: {status})")).unwrap_or_default();
         let cause = match ready {
             _ if self.proof.is_some() => "--ready-cmd has not succeeded".to_owned(),
+            _ if self.conversation.as_ref().is_some_and(Conversation::is_adopted) => {
+                "it has not called `ready`".to_owned()
+            }
             Ready::Notify => "it has not said READY=1".to_owned(),
             Ready::Message => "it has not sent `ready`".to_owned(),
             Ready::Any | Ready::Waits if self.denied => {

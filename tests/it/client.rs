@@ -87,6 +87,15 @@ impl Kept {
         text
     }
 
+    /// Whether it ends without an answer, however it does.
+    pub(crate) fn is_cut_within(&mut self, time: Duration) -> bool {
+        self.0.set_read_timeout(Some(time)).unwrap();
+        match self.0.read(&mut [0]) {
+            Ok(count) => count == 0,
+            Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+        }
+    }
+
     /// Whether the server closes it in time, having said nothing more.
     #[track_caller]
     pub(crate) fn ends_within(&mut self, time: Duration) -> bool {

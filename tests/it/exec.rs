@@ -3,6 +3,7 @@
 mod config;
 mod crash;
 mod itself;
+mod library;
 mod pid_one;
 mod ready;
 mod restart;

@@ -13,6 +13,7 @@ use crate::control::messages::{
 use crate::control::server::{Asked, ClientId};
 use crate::engine::milliseconds_since;
 use crate::shared::unix_ms;
+use crate::supervisor::conversation::Terms;
 use crate::supervisor::machine::{Event, Phase, Refusal, WorkerId};
 
 /// Who asked for an upgrade, and is told how it went.
@@ -52,9 +53,11 @@ pub(super) struct Attempt {
     pub(super) begun: Instant,
     pub(super) generation: u64,
     pub(super) verb: Verb,
+    /// What the new workers are offered.
+    pub(super) terms: Option<Terms>,
     /// Connections that were closed before they had ended.
     pub(super) cut: usize,
-    /// Why a worker could not be started.
+    /// Why a worker could not be started, or will not serve.
     pub(super) cause: Option<String>,
 }
 
@@ -124,7 +127,8 @@ impl Supervisor {
             return requester.client().into_iter().for_each(|client| self.finish_with(client, busy.clone()));
         }
         let (begun, generation) = (Instant::now(), self.machine.generation() + 1);
-        self.attempt = Some(Attempt { requester, begun, verb, generation, cut: 0, cause: None });
+        let terms = self.terms_of(&order, generation);
+        self.attempt = Some(Attempt { requester, begun, verb, generation, terms, cut: 0, cause: None });
         self.tell_manager_of_upgrade();
         match self.recipe.build(request, self.previous.as_ref()) {
             Ok(build) => {
@@ -169,6 +173,12 @@ impl Supervisor {
     pub(super) fn announce_spawned(&mut self, worker: WorkerId) {
         if let Some((begun, pid)) = self.begun_of(worker) {
             self.say_to_requester(StageEvent { pid: Some(pid), ..stage(StageName::Spawned, begun) });
+        }
+    }
+
+    pub(super) fn say_of(&mut self, worker: WorkerId, event: impl FnOnce(Instant, i32) -> StageEvent) {
+        if let Some((begun, pid)) = self.begun_of(worker) {
+            self.say_to_requester(event(begun, pid));
         }
     }
 

@@ -34,6 +34,7 @@ impl Supervisor {
                     log::error!("process {} was killed and does not end: it is waited for no longer", worker.pid);
                 }
             }
+            Action::LetAccept => self.let_accept(),
             Action::Cleared => self.announce_cleared(),
             Action::AllReady => self.all_are_ready(),
             Action::Commit => self.commit(),
@@ -65,7 +66,8 @@ impl Supervisor {
             let path = build.plan.program.display();
             log::warn!("{path} is not the file any more that was committed; it is started all the same");
         }
-        match Worker::start(&Place { build, generation, slot }, &self.options, &self.sockets) {
+        let terms = self.terms(which);
+        match Worker::start(&Place { build, generation, slot, terms }, &self.options, &self.sockets) {
             Ok(worker) => {
                 log::info!("generation {generation}: process {} is started", worker.pid);
                 self.workers.insert(id, worker);
@@ -124,6 +126,7 @@ impl Supervisor {
 
     fn commit(&mut self) {
         let first = self.committed.is_none();
+        self.settle();
         if let Some(mut build) = self.new.take() {
             build.pin();
             self.recipe = build.recipe.clone();

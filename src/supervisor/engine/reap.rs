@@ -58,6 +58,8 @@ impl Supervisor {
     }
 
     fn worker_ended(&mut self, id: WorkerId, status: WaitStatus) {
+        // It may have said why.
+        self.read_conversation(id);
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let words = exit_words(status).unwrap_or_else(|| "ended".to_owned());
         log::info!("process {} {words}", worker.pid);

@@ -34,6 +34,7 @@ impl Supervisor {
                 let when = if in_trial { "within the trial" } else { "before it was ready" };
                 format!("{} {when}", exit.as_deref().unwrap_or("ended"))
             }
+            Failure::Refused => self.attempt.as_ref().and_then(|attempt| attempt.cause.clone()).unwrap_or_default(),
             Failure::Silent => format!("was not ready in time: {why}"),
             Failure::Stopped => "was not ready when this process was told to stop".to_owned(),
         };
@@ -60,6 +61,7 @@ impl Supervisor {
             Failure::NotSpawned => attempt.cause.clone().unwrap_or_default(),
             _ => format!("{subject} {words}"),
         };
+        self.abort_conversations(&what);
         let outcome = match failure {
             Failure::Stopped => Outcome::Ended,
             _ if in_trial => Outcome::RolledBack,

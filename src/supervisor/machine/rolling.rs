@@ -68,6 +68,7 @@ impl Machine {
             Step::Retiring if old_are_gone => self.next_step(now),
             Step::Starting if ready => {
                 roll.step = Step::Trial { until: now + roll.order.trial };
+                self.actions.push(Action::LetAccept);
                 if roll.slots.end >= self.policy.workers {
                     self.actions.push(Action::AllReady);
                 }

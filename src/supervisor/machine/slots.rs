@@ -50,6 +50,24 @@ impl Machine {
         }
     }
 
+    /// Its time begins anew.
+    pub(super) fn still_starting(&mut self, id: WorkerId, now: Instant) {
+        let Doing::Rolling(roll) = &self.doing else { return };
+        let timeout = roll.order.ready_timeout;
+        let worker = self.workers.get_mut(&id).filter(|worker| worker.generation == roll.generation);
+        if let Some(Stage::Starting { deadline }) = worker.map(|worker| &mut worker.stage) {
+            *deadline = now + timeout;
+        }
+    }
+
+    pub(super) fn refused(&mut self, id: WorkerId, now: Instant) {
+        let is_new =
+            |worker: &Worker| matches!(&self.doing, Doing::Rolling(roll) if roll.generation == worker.generation);
+        if self.workers.get(&id).is_some_and(|worker| worker.is_up() && is_new(worker)) {
+            self.give_up(Failure::Refused, Some(id), now);
+        }
+    }
+
     pub(super) fn gone(&mut self, id: WorkerId, failure: Failure, now: Instant) {
         let Some(worker) = self.workers.remove(&id) else { return };
         let is_new = matches!(&self.doing, Doing::Rolling(roll) if roll.generation == worker.generation);

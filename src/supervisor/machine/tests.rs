@@ -56,7 +56,7 @@ fn the_first_generation_is_committed_when_all_are_ready() {
     assert_eq!(driven.spawned(), [(0, 1, Build::New), (1, 1, Build::New)]);
     assert_eq!(driven.tell(Event::Ready(1)), []);
     assert_eq!(driven.machine.phase(), Phase::Starting);
-    assert_eq!(driven.tell(Event::Ready(0)), [Action::AllReady, Action::Commit]);
+    assert_eq!(driven.tell(Event::Ready(0)), [Action::LetAccept, Action::AllReady, Action::Commit]);
     assert_eq!((driven.machine.generation(), driven.machine.phase()), (1, Phase::Serving));
 }
 
@@ -75,7 +75,7 @@ fn no_old_worker_is_told_to_stop_before_all_new_ones_have_outlived_the_trial() {
     driven.tell(Event::Upgrade(order()));
     assert_eq!(driven.spawned(), [(2, 2, Build::New), (3, 2, Build::New)]);
     assert_eq!(driven.tell(Event::Ready(2)), []);
-    assert_eq!(driven.tell(Event::Ready(3)), [Action::AllReady]);
+    assert_eq!(driven.tell(Event::Ready(3)), [Action::LetAccept, Action::AllReady]);
     assert_eq!(driven.after(SECOND / 2), []);
     assert_eq!(driven.machine.phase(), Phase::Trial);
     assert_eq!(driven.after(SECOND / 2), [Action::Commit, Action::Stop(0), Action::Stop(1)]);

@@ -175,8 +175,6 @@ fn while_an_upgrade_is_under_way_it_is_refused_and_the_reverse() {
     server.restart(&[]).exits_with(3);
     server.replace_itself(&[]).exits_with(3);
     server.handover(&["scale", "2", "--pid", &pid]).exits_with(3);
-    // A signal asks nobody and is told nothing; it changes nothing either.
-    server.signal(server.first_pid(), Signal::SIGUSR2);
     hold.reached().let_go();
     replacing.finish().exits_with(1);
     assert_eq!(server.serving().generation, 2);
