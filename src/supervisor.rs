@@ -33,7 +33,7 @@ mod family;
 
 pub use engine::{Ended, rehearse};
 pub use listen::Listen;
-pub use options::{Options, Ready, StopSignal};
+pub use options::{Hangup, Options, Ready, StopSignal};
 pub use trampoline::run_worker;
 
 use crate::error::Error;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use handover::supervisor::{Ended, Listen, Options, Ready, StopSignal};
+use handover::supervisor::{Ended, Hangup, Listen, Options, Ready, StopSignal};
 
 use super::duration;
 use super::exit::{Exit, Failure};
@@ -74,6 +74,9 @@ pub(crate) struct Arguments {
     /// The signal that tells the program to drain and exit
     #[arg(long, value_name = "SIGNAL", default_value_t)]
     stop_signal: StopSignal,
+    /// What SIGHUP means; SIGUSR1 is passed on in any case
+    #[arg(long, value_name = "WHAT", default_value = "upgrade")]
+    hup: HangupMeaning,
     /// A message on Node's channel instead of the signal
     ///
     /// The program gets it by `process.on('message', …)`.
@@ -130,6 +133,26 @@ enum ReadyWay {
     Message,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum HangupMeaning {
+    /// Replace the program, as SIGUSR2
+    Upgrade,
+    /// Pass it on to the program
+    Pass,
+    /// Nothing
+    Ignore,
+}
+
+impl From<HangupMeaning> for Hangup {
+    fn from(meaning: HangupMeaning) -> Self {
+        match meaning {
+            HangupMeaning::Upgrade => Self::Upgrade,
+            HangupMeaning::Pass => Self::Pass,
+            HangupMeaning::Ignore => Self::Ignore,
+        }
+    }
+}
+
 impl From<ReadyWay> for Ready {
     fn from(way: ReadyWay) -> Self {
         match way {
@@ -154,6 +177,7 @@ pub(super) fn run(arguments: Arguments) -> Result<Exit, Failure> {
         ready_timeout: arguments.ready_timeout,
         trial: arguments.trial,
         stop_signal: arguments.stop_signal,
+        hangup: arguments.hup.into(),
         stop_message: arguments.stop_message,
         drain_timeout: arguments.drain_timeout,
         overlap: !arguments.no_overlap,

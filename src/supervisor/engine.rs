@@ -5,6 +5,7 @@ mod answers;
 mod checks;
 mod converse;
 mod drain;
+mod forward;
 mod manager;
 mod perform;
 mod reap;
@@ -26,7 +27,6 @@ use super::options::Options;
 use super::output::{Output, Passed, Stream};
 use super::sockets::Sockets;
 use super::worker::Worker;
-use crate::config::Signals;
 use crate::control::messages::LastUpgrade;
 use crate::control::server::{ClientId, Server};
 use crate::control::{BuildIdentity, UpgradeRequest};
@@ -39,6 +39,7 @@ use crate::upgrade::spawn::Started;
 
 use answers::{Attempt, Requester, Verb};
 use drain::Drain;
+use forward::Forwarded;
 use reap::ChildSignals;
 use replace::Replacement;
 use report::Report;
@@ -85,6 +86,7 @@ pub(super) struct Supervisor {
     since: SystemTime,
     server: Server,
     signals: Option<SignalPipe>,
+    forwarded: Forwarded,
     children: ChildSignals,
     notifier: Option<Notifier>,
     pid_file: Option<PidFile>,
@@ -105,6 +107,7 @@ struct Parts {
     recipe: Recipe,
     server: Server,
     signals: Option<SignalPipe>,
+    forwarded: Forwarded,
     children: ChildSignals,
     pid_file: Option<PidFile>,
 }
@@ -120,6 +123,7 @@ struct Timers {
 #[derive(Clone, Copy)]
 enum Source {
     Signals,
+    Forwarded,
     Children,
     Listener,
     Client(ClientId),
@@ -136,8 +140,10 @@ enum Source {
 impl Supervisor {
     pub(super) fn new(options: Options) -> Result<Self, Error> {
         let recipe = Recipe::new(options.program.clone(), options.arguments.clone());
-        let children = ChildSignals::install().map_err(|error| Error::io("install signal handlers", error))?;
-        let signals = SignalPipe::install(&Signals::default(), recipe.ignored())?;
+        let failed = |error: std::io::Error| Error::io("install signal handlers", error);
+        let children = ChildSignals::install().map_err(failed)?;
+        let forwarded = Forwarded::install(options.hangup, recipe.ignored()).map_err(failed)?;
+        let signals = SignalPipe::install(&forward::own_signals(options.hangup), recipe.ignored())?;
         let server = Server::bind(None)?;
         let made = Self::prepare(&options);
         let (sockets, pid_file) = made.inspect_err(|_| server.unlink())?;
@@ -149,11 +155,22 @@ impl Supervisor {
             overlap: options.overlap,
         });
         let own = Started::of_this_process();
-        Ok(Self::assemble(Parts { options, own, machine, sockets, recipe, server, signals, children, pid_file }))
+        Ok(Self::assemble(Parts {
+            options,
+            own,
+            machine,
+            sockets,
+            recipe,
+            server,
+            signals,
+            forwarded,
+            children,
+            pid_file,
+        }))
     }
 
     fn assemble(parts: Parts) -> Self {
-        let Parts { options, own, machine, sockets, recipe, server, signals, children, pid_file } = parts;
+        let Parts { options, own, machine, sockets, recipe, server, signals, forwarded, children, pid_file } = parts;
         Self {
             recipe,
             options,
@@ -177,6 +194,7 @@ impl Supervisor {
             since: SystemTime::now(),
             server,
             signals,
+            forwarded,
             children,
             notifier: Notifier::from_environment(),
             pid_file,
@@ -276,7 +294,8 @@ impl Supervisor {
 
     fn sources(&self) -> Vec<(Source, PollFd<'_>)> {
         let reads = |fd| PollFd::new(fd, PollFlags::POLLIN);
-        let mut all = vec![(Source::Children, reads(self.children.fd()))];
+        let mut all =
+            vec![(Source::Children, reads(self.children.fd())), (Source::Forwarded, reads(self.forwarded.fd()))];
         if let Some(signals) = &self.signals {
             all.push((Source::Signals, crate::channel::poll_fd(signals, PollFlags::POLLIN)));
         }
@@ -315,7 +334,7 @@ impl Supervisor {
 
     fn dispatch(&mut self, source: Source, events: PollFlags) {
         match source {
-            Source::Signals => self.on_signals(),
+            Source::Signals | Source::Forwarded => self.on_signals(),
             // Whoever has ended is looked for in any case.
             Source::Children => self.children.clear(),
             Source::Listener => self.server.accept(),
@@ -349,7 +368,8 @@ impl Supervisor {
 
     /// Handles what has come.
     fn has_caught_signal(&mut self) -> bool {
-        let Some(signals) = &mut self.signals else { return false };
+        let forwarded = self.forward_signals();
+        let Some(signals) = &mut self.signals else { return forwarded };
         let caught = signals.take();
         if caught.upgrade {
             log::info!("upgrade asked for by signal");
@@ -360,7 +380,7 @@ impl Supervisor {
             log::info!("told to stop by signal{}", if again { " again" } else { "" });
             self.tell(if again { Event::StopNow } else { Event::Stop(None) });
         }
-        caught.upgrade || caught.stops > 0
+        forwarded || caught.upgrade || caught.stops > 0
     }
 
     fn on_time(&mut self, now: Instant) {

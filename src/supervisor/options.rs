@@ -35,6 +35,9 @@ pub struct Options {
     pub trial: Duration,
     /// How an old one is told to stop.
     pub stop_signal: StopSignal,
+    /// What SIGHUP means. SIGUSR1 is passed on in any case.
+    #[serde(default)]
+    pub hangup: Hangup,
     /// The message on Node's channel that tells it instead.
     pub stop_message: Option<String>,
     /// How long it may take; zero for ever.
@@ -68,6 +71,18 @@ pub enum Ready {
     Notify,
     /// It sends `ready` on Node's channel.
     Message,
+}
+
+/// What SIGHUP means to a supervisor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Hangup {
+    /// As SIGUSR2: replace the program.
+    #[default]
+    Upgrade,
+    /// It is passed on to the program.
+    Pass,
+    /// Nothing.
+    Ignore,
 }
 
 /// A signal by name or number.

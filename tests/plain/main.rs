@@ -13,8 +13,8 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::process::exit;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,7 @@ static LOOPS: AtomicUsize = AtomicUsize::new(0);
 fn main() {
     let faults = Faults::from_environment();
     faults.at_start();
+    LazyLock::force(&SIGNALS);
     if !faults.has("deaf") {
         let draining = Arc::new(AtomicBool::new(false));
         signal_hook::flag::register(signal_hook::consts::SIGTERM, draining.clone()).unwrap();
@@ -198,6 +199,15 @@ fn comes_more(stream: &TcpStream) -> bool {
     }
 }
 
+/// Whether SIGHUP and SIGUSR1 have come.
+static SIGNALS: LazyLock<[Arc<AtomicBool>; 2]> = LazyLock::new(|| {
+    [libc::SIGHUP, libc::SIGUSR1].map(|signal| {
+        let flag = Arc::default();
+        signal_hook::flag::register(signal, Arc::clone(&flag)).unwrap();
+        flag
+    })
+});
+
 fn body(path: &str) -> String {
     let (first, rest) = path[1..].split_once('/').unwrap_or((&path[1..], ""));
     match first {
@@ -206,6 +216,7 @@ fn body(path: &str) -> String {
             identity()
         }
         "env" => env::var(rest).unwrap_or_default(),
+        "signals" => SIGNALS.each_ref().map(|flag| u8::from(flag.load(Ordering::SeqCst)).to_string()).join(" "),
         "args" => env::args().skip(1).collect::<Vec<_>>().join(" "),
         "exe" => fs::read_link("/proc/self/exe").unwrap_or_default().display().to_string(),
         "ids" => format!("{} {}", nix::unistd::getuid(), nix::unistd::getgid()),

@@ -16,10 +16,10 @@ use std::time::{Instant, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use super::drain::Drain;
+use super::forward::{Forwarded, own_signals};
 use super::reap::ChildSignals;
 use super::replace::Replaced;
 use super::{Parts, Supervisor};
-use crate::config::Signals;
 use crate::control::BuildIdentity;
 use crate::control::messages::LastUpgrade;
 use crate::control::server::Server;
@@ -126,7 +126,9 @@ impl Supervisor {
         let failed = |error: io::Error| Error::io("go on in place of the supervisor before", error);
         let resumed = read(state).map_err(|cause| Error::new(ErrorKind::Failed, TRIED, cause))?;
         let children = ChildSignals::install().map_err(failed)?;
-        let signals = SignalPipe::install(&Signals::default(), resumed.recipe.ignored())?;
+        let hangup = resumed.options.hangup;
+        let forwarded = Forwarded::install(hangup, resumed.recipe.ignored()).map_err(failed)?;
+        let signals = SignalPipe::install(&own_signals(hangup), resumed.recipe.ignored())?;
         // They were blocked while nobody could handle them.
         resumed.own.signal_mask.thread_set_mask().map_err(|error| failed(error.into()))?;
         let mut supervisor = Self::assemble(Parts {
@@ -138,6 +140,7 @@ impl Supervisor {
             recipe: resumed.recipe,
             server: resumed.server,
             signals,
+            forwarded,
             children,
         });
         supervisor.workers = resumed.workers;

@@ -67,6 +67,22 @@ fn a_stop_ends_an_upgrade_that_is_not_ready() {
     assert_eq!(server.home.processes(), Vec::<i32>::new());
 }
 
+#[test]
+fn signals_for_the_program_reach_it() {
+    for (hup, signals, generation) in [("upgrade", "0 1", 2), ("pass", "1 1", 1), ("ignore", "0 1", 1)] {
+        let server = exec(&["--hup", hup]);
+        let pid = server.first_pid();
+        // What is said of signals stays with the next build of the supervisor.
+        server.handover(&["upgrade", "--self", "--pid", &pid.to_string()]).exits_with(0);
+        server.signal(pid, Signal::SIGHUP);
+        eventually("the generation", || (server.status_of_serving()?.generation == generation).then_some(()));
+        server.wait_for_workers(1);
+        server.signal(pid, Signal::SIGUSR1);
+        eventually(&format!("`{signals}` with --hup {hup}"), || (server.get("/signals") == signals).then_some(()));
+        assert_eq!(server.serving().generation, generation);
+    }
+}
+
 /// A terminal sends ^C to every process of its foreground group; the workers are not in it.
 #[test]
 fn workers_have_groups_of_their_own() {
