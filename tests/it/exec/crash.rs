@@ -100,3 +100,24 @@ fn a_supervisor_whose_stderr_is_full_goes_on() {
     assert_eq!(server.status(server.first_pid()).state, State::Serving);
     drop(reader);
 }
+
+/// No memory for another process: what runs goes on, and all is well when there is some again.
+#[test]
+fn a_supervisor_without_memory_says_so_and_serves_on() {
+    let server = exec(&[]);
+    let pid = server.first_pid();
+    let limit = |bytes: &str| {
+        let bytes = format!("--as={bytes}:unlimited");
+        let limited = std::process::Command::new("prlimit").args(["--pid", &pid.to_string(), &bytes]).status();
+        assert!(limited.unwrap().success());
+    };
+    // What it has it keeps; it gets no more.
+    limit("1048576");
+    for _ in 0..3 {
+        server.upgrade(&[]).exits_with(1).complains("Cannot allocate memory").complains("; generation 1 serves on");
+    }
+    assert_eq!(server.answerer().generation, 1);
+    limit("unlimited");
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    server.assert_supervises(1);
+}
