@@ -47,15 +47,25 @@ impl Behind {
     }
 }
 
-/// Takes one connection; CLOEXEC in the same call, and counted before the gate can be shut behind it.
+/// Takes one connection, and counts it before the gate can be shut behind it.
 pub(crate) fn accept<S: AsFd>(
     shared: &Shared,
     listener: BorrowedFd<'_>,
     flags: i32,
     stream: impl Fn(OwnedFd) -> io::Result<S>,
-) -> io::Result<(Connection<S>, SockAddr)> {
-    let (socket, peer) = SockRef::from(&listener).accept4(libc::SOCK_CLOEXEC | flags)?;
-    Ok((shared.connections.track(stream(socket.into())?), peer))
+) -> io::Result<Connection<S>> {
+    Ok(shared.connections.track(stream(sys::accept(listener, flags)?)?))
+}
+
+/// The same of a TCP listener, with the peer's address.
+pub(crate) fn accept_with_peer<S: AsFd>(
+    shared: &Shared,
+    listener: BorrowedFd<'_>,
+    flags: i32,
+    stream: impl Fn(OwnedFd) -> io::Result<S>,
+) -> io::Result<(Connection<S>, SocketAddr)> {
+    let (socket, peer) = sys::accept_with_peer(listener, flags)?;
+    Ok((shared.connections.track(stream(socket)?), peer))
 }
 
 pub(crate) fn ip_of(peer: &SockAddr) -> io::Result<SocketAddr> {
@@ -105,13 +115,12 @@ impl TcpListener {
     ///
     /// Those of `accept4(2)`: for one connection (`ECONNABORTED`) or for the process (`EMFILE`).
     pub fn accept(&self) -> io::Result<Option<(Connection<TcpStream>, SocketAddr)>> {
-        let accepted = self.0.take(|fd| accept(&self.0.shared, fd, 0, |fd| Ok(fd.into())))?;
-        accepted.map(|(connection, peer)| Ok((connection, ip_of(&peer)?))).transpose()
+        self.0.take(|fd| accept_with_peer(&self.0.shared, fd, 0, |fd| Ok(fd.into())))
     }
 
     /// Every connection until this process drains. Errors are logged and passed over; out of fds it waits a moment.
     pub fn incoming(&self) -> impl Iterator<Item = Connection<TcpStream>> + '_ {
-        std::iter::from_fn(|| next(|| self.accept()).map(|(connection, _)| connection))
+        std::iter::from_fn(|| next(|| self.0.take(|fd| accept(&self.0.shared, fd, 0, |fd| Ok(fd.into())))))
     }
 
     /// Where it is bound.
@@ -142,8 +151,7 @@ impl UnixListener {
     ///
     /// As for [`TcpListener::accept`].
     pub fn accept(&self) -> io::Result<Option<Connection<UnixStream>>> {
-        let accepted = self.0.take(|fd| accept(&self.0.shared, fd, 0, |fd| Ok(fd.into())))?;
-        Ok(accepted.map(|(connection, _)| connection))
+        self.0.take(|fd| accept(&self.0.shared, fd, 0, |fd| Ok(fd.into())))
     }
 
     /// Every connection until this process drains; as [`TcpListener::incoming`].

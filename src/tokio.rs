@@ -162,8 +162,7 @@ impl TcpListener {
     pub async fn accept(&mut self) -> io::Result<Option<(Connection<TcpStream>, SocketAddr)>> {
         let shared = self.0.behind.shared.clone();
         let stream = |fd: OwnedFd| TcpStream::from_std(fd.into());
-        let accepted = self.0.take(|fd| net::accept(&shared, fd, libc::SOCK_NONBLOCK, stream)).await?;
-        accepted.map(|(connection, peer)| Ok((connection, net::ip_of(&peer)?))).transpose()
+        self.0.take(|fd| net::accept_with_peer(&shared, fd, libc::SOCK_NONBLOCK, stream)).await
     }
 
     /// Where it is bound.
@@ -208,8 +207,7 @@ impl UnixListener {
     pub async fn accept(&mut self) -> io::Result<Option<Connection<UnixStream>>> {
         let shared = self.0.behind.shared.clone();
         let stream = |fd: OwnedFd| UnixStream::from_std(fd.into());
-        let accepted = self.0.take(|fd| net::accept(&shared, fd, libc::SOCK_NONBLOCK, stream)).await?;
-        Ok(accepted.map(|(connection, _)| connection))
+        self.0.take(|fd| net::accept(&shared, fd, libc::SOCK_NONBLOCK, stream)).await
     }
 
     #[cfg(feature = "hyper")]
