@@ -15,7 +15,7 @@ use crate::gate::GatedSocket;
 use crate::handover::{Claimed, Handover};
 use crate::listeners::Address;
 use crate::shared::Shared;
-use crate::sys;
+use crate::sys::{self, IpAddress};
 
 /// What every kind of listener has.
 #[derive(Clone)]
@@ -30,7 +30,7 @@ impl Behind {
         Self { shared: handover.shared.clone(), socket: claimed.socket, address: claimed.address }
     }
 
-    fn take<R>(&self, attempt: impl Fn(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<Option<R>> {
+    fn take<R>(&self, attempt: impl FnMut(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<Option<R>> {
         self.shared.gate.take_blocking(&self.socket, attempt)
     }
 
@@ -62,10 +62,10 @@ pub(crate) fn accept_with_peer<S: AsFd>(
     shared: &Shared,
     listener: BorrowedFd<'_>,
     flags: i32,
+    peer: &mut IpAddress,
     stream: impl Fn(OwnedFd) -> io::Result<S>,
-) -> io::Result<(Connection<S>, SocketAddr)> {
-    let (socket, peer) = sys::accept_with_peer(listener, flags)?;
-    Ok((shared.connections.track(stream(socket)?), peer))
+) -> io::Result<Connection<S>> {
+    Ok(shared.connections.track(stream(sys::accept_with_peer(listener, flags, peer)?)?))
 }
 
 pub(crate) fn ip_of(peer: &SockAddr) -> io::Result<SocketAddr> {
@@ -115,7 +115,9 @@ impl TcpListener {
     ///
     /// Those of `accept4(2)`: for one connection (`ECONNABORTED`) or for the process (`EMFILE`).
     pub fn accept(&self) -> io::Result<Option<(Connection<TcpStream>, SocketAddr)>> {
-        self.0.take(|fd| accept_with_peer(&self.0.shared, fd, 0, |fd| Ok(fd.into())))
+        let mut peer = IpAddress::unknown();
+        let accepted = self.0.take(|fd| accept_with_peer(&self.0.shared, fd, 0, &mut peer, |fd| Ok(fd.into())))?;
+        accepted.map(|connection| Ok((connection, peer.read()?))).transpose()
     }
 
     /// Every connection until this process drains. Errors are logged and passed over; out of fds it waits a moment.
@@ -194,9 +196,7 @@ impl Datagrams {
     }
 
     fn receive(&self, buffer: &mut [u8]) -> io::Result<Option<(usize, SockAddr)>> {
-        // The closure may run several times and needs the buffer each time.
-        let buffer = std::cell::RefCell::new(buffer);
-        self.behind.take(|fd| sys::receive_from(fd, &mut buffer.borrow_mut()))
+        self.behind.take(|fd| sys::receive_from(fd, buffer))
     }
 
     pub(crate) fn send(&self, bytes: &[u8], to: &SockAddr) -> io::Result<usize> {

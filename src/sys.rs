@@ -10,7 +10,7 @@ mod signals;
 mod socket;
 mod spawn;
 
-pub(crate) use accept::{accept, accept_with_peer};
+pub(crate) use accept::{IpAddress, accept, accept_with_peer};
 pub(crate) use fds::{FdTable, dup_at_least, fd_from_environment, receive_fds, replace_stderr};
 pub(crate) use pidfd::{pidfd_of_peer, pidfd_open, pidfd_send_signal};
 pub(crate) use signals::ignored_signals;
