@@ -192,6 +192,10 @@ impl From<Wait> for handover::control::Wait {
 ///
 /// What is wrong with the command line; help and version are errors to clap as well.
 pub(crate) fn run() -> Result<Exit, clap::Error> {
+    // Before a word is read: it may be one of the build before.
+    if let Some(result) = handover::supervisor::resume() {
+        return Ok(ended(exec::exit_of(result), Output::new(false)));
+    }
     Ok(match generate::parse()? {
         Ok(arguments) => do_verb(arguments),
         Err(arguments) => ended(generate::run(&arguments), Output::new(false)),

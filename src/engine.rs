@@ -344,8 +344,8 @@ impl Engine {
                 }
             }
             Request::TakeOver => self.on_take_over(client, accepted),
-            Request::Scale { .. } => {
-                let message = "this process has no workers: it is not run by `handover exec`";
+            Request::Scale { .. } | Request::UpgradeSelf(_) => {
+                let message = "this process is no supervisor: it is not `handover exec`";
                 server.finish(client, &Said::Result(ResultEvent::new(Outcome::BadRequest, message)));
             }
         }

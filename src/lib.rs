@@ -76,6 +76,8 @@ mod garbled;
 #[cfg(test)]
 mod model;
 mod state;
+#[cfg(feature = "cli")]
+mod saved;
 mod channel;
 mod protocol;
 mod listeners;

@@ -99,6 +99,7 @@ pub(crate) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<Option<Kind>> {
 
 /// How a listener came to this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[cfg_attr(feature = "cli", derive(serde::Deserialize))]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Source {
@@ -269,6 +270,16 @@ impl Listeners {
         }
         let entries = Vec::with_capacity(inherited.len());
         Self { inherited: inherited.into_iter().map(Some).collect(), entries, names, alone, closed_names: vec![] }
+    }
+
+    /// All of them, as they were in this process before it was replaced.
+    #[cfg(feature = "cli")]
+    pub(crate) fn resumed(inherited: Vec<Inherited>, gate: &Gate) -> Self {
+        let mut listeners = Self::new(vec![], true);
+        for one in inherited {
+            listeners.enter(entry_of(one, gate));
+        }
+        listeners
     }
 
     /// In the order in which the application asked for them.

@@ -10,6 +10,9 @@ fn main() -> ExitCode {
         eprintln!("handover: {error}");
         return ExitCode::from(cli::NOT_EXECUTED);
     }
+    if let Some(exit) = handover::supervisor::rehearse(std::env::args_os()) {
+        return exit;
+    }
     cli::log_to_stderr();
     match cli::run() {
         Ok(exit) => exit.into(),

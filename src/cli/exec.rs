@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use handover::supervisor::{Listen, Options, Ready, StopSignal};
+use handover::supervisor::{Ended, Listen, Options, Ready, StopSignal};
 
 use super::duration;
 use super::exit::{Exit, Failure};
@@ -143,7 +143,7 @@ impl From<ReadyWay> for Ready {
 
 pub(super) fn run(arguments: Arguments) -> Result<Exit, Failure> {
     let mut program = arguments.program.into_iter();
-    let ended = handover::supervisor::run(Options {
+    exit_of(handover::supervisor::run(Options {
         program: program.next().unwrap_or_default(),
         arguments: program.collect(),
         listen: arguments.listen,
@@ -163,6 +163,9 @@ pub(super) fn run(arguments: Arguments) -> Result<Exit, Failure> {
         name: arguments.name,
         fd_store: arguments.fd_store,
         pid_file: arguments.pid_file,
-    })?;
-    Ok(if ended.cut > 0 { Exit::Cut } else { Exit::Done })
+    }))
+}
+
+pub(super) fn exit_of(result: Result<Ended, handover::Error>) -> Result<Exit, Failure> {
+    Ok(if result?.cut > 0 { Exit::Cut } else { Exit::Done })
 }

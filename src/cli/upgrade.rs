@@ -21,12 +21,18 @@ use super::{Wait, Which, duration, interrupt, milliseconds};
     handover upgrade --pid-file /run/app.pid --wait drained\n  \
     handover upgrade --pid 4711 --exe /srv/app/releases/42/server -- --listen 0.0.0.0:8080\n  \
     handover upgrade --pid 4711 --previous             back to the build before\n  \
+    handover upgrade --name web --self                 the supervisor of `handover exec`\n  \
     handover upgrade --pid 4711 --json | jq -r 'select(.event == \"result\").message'")]
 pub(crate) struct Arguments {
     #[command(flatten)]
     which: Which,
     #[command(flatten)]
     build: Build,
+    /// Of `handover exec`: replace the supervisor itself, by its own new build
+    ///
+    /// It stays the same process, and what it runs is not touched.
+    #[arg(long = "self", conflicts_with_all = ["previous", "env", "cwd", "args", "wait", "trial", "drain_timeout"])]
+    itself: bool,
     /// When to return
     #[arg(long, value_name = "UNTIL", default_value = "healthy")]
     wait: Wait,
@@ -43,8 +49,13 @@ pub(crate) struct Arguments {
 
 pub(super) fn run(arguments: Arguments, output: &mut Output) -> Result<Exit, Failure> {
     let target = arguments.which.named_target()?;
+    let itself = arguments.itself;
     let request = request(arguments)?;
     let client = Client::connect(&target)?;
+    if itself {
+        let result = client.upgrade_self(&request, |answer| output.answer("replacing", answer))?;
+        return Ok(output.result(&result));
+    }
     let pid = client.pid();
     let goes_on =
         format!("the upgrade goes on without this command; `handover status --pid {pid}` tells what came of it");

@@ -213,6 +213,27 @@ impl Client {
         Ok(result)
     }
 
+    /// Replaces a supervisor by its own new build; its process stays, and so does what it runs. Of the request `exe` and
+    /// `ready_timeout_ms` count.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NothingServes`] if it died of that; [`ErrorKind::Failed`] if it does not answer any more.
+    pub fn upgrade_self(
+        mut self,
+        request: &UpgradeRequest,
+        mut on_answer: impl FnMut(&Answer),
+    ) -> Result<ResultEvent, Error> {
+        self.say(&Request::UpgradeSelf(request.clone()))?;
+        match self.follow(&mut on_answer)? {
+            Some(result) => Ok(result),
+            None => {
+                self.must_have_died()?;
+                self.after_its_death("upgrade", None, false)
+            }
+        }
+    }
+
     /// Tells a supervisor how many workers to run, and returns when it does.
     ///
     /// # Errors

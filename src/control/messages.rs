@@ -16,6 +16,8 @@ pub(crate) enum Request {
     Status,
     Upgrade(UpgradeRequest),
     Restart(UpgradeRequest),
+    /// Of a supervisor: its own build, not that of its program.
+    UpgradeSelf(UpgradeRequest),
     Stop {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         drain_timeout_ms: Option<u64>,

@@ -30,24 +30,33 @@ const CLIENTS_MAX: usize = 64;
 
 pub(crate) type ClientId = u64;
 
+#[cfg_attr(feature = "cli", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct Server {
+    #[cfg_attr(feature = "cli", serde(with = "crate::saved::fd"))]
     listener: UnixListener,
+    #[cfg_attr(feature = "cli", serde(with = "crate::saved::path"))]
     path: PathBuf,
     inode: u64,
     clients: BTreeMap<ClientId, Client>,
     next_id: ClientId,
     /// Given up to let somebody in who asks a process that has no fd left.
+    #[cfg_attr(feature = "cli", serde(skip))]
     reserve: Option<OwnedFd>,
     /// There is none: until then nobody is let in, so as not to spin.
+    #[cfg_attr(feature = "cli", serde(with = "crate::saved::moment::option"))]
     paused_until: Option<Instant>,
 }
 
+#[cfg_attr(feature = "cli", derive(serde::Serialize, serde::Deserialize))]
 struct Client {
+    #[cfg_attr(feature = "cli", serde(with = "crate::saved::fd"))]
     stream: UnixStream,
+    #[cfg_attr(feature = "cli", serde(with = "crate::saved::pid"))]
     pid: Pid,
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
     /// When it is dropped unless something happens; none while it waits for an upgrade.
+    #[cfg_attr(feature = "cli", serde(with = "crate::saved::moment::option"))]
     deadline: Option<Instant>,
     asked: bool,
     /// Everything has been said: close when it is written.
@@ -102,6 +111,12 @@ impl Server {
 
     pub(crate) fn listener_poll(&self) -> Option<PollFd<'_>> {
         self.paused_until.is_none().then(|| PollFd::new(self.listener.as_fd(), PollFlags::POLLIN))
+    }
+
+    /// What it listens and talks on.
+    #[cfg(feature = "cli")]
+    pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(self.listener.as_fd()).chain(self.clients.values().map(|client| client.stream.as_fd()))
     }
 
     fn keep_reserve(&mut self) {

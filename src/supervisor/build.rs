@@ -6,15 +6,18 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::SigSet;
+use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::control::{BuildIdentity, UpgradeRequest};
 use crate::error::Error;
 use crate::shared::unix_ms;
+use crate::supervisor::engine::STATE_VARIABLE;
 use crate::upgrade::spawn::{Plan, Started};
 
 /// Variables that speak of the supervisor's own start and would mislead its program.
-const NOT_PASSED_ON: [&str; 9] = [
+const NOT_PASSED_ON: [&str; 10] = [
+    STATE_VARIABLE,
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
     "FDSTORE",
@@ -28,14 +31,15 @@ const NOT_PASSED_ON: [&str; 9] = [
 
 /// The program as it was named: by PATH, by a path with symbolic links, seen from a directory. An upgrade resolves all of
 /// that again.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Recipe {
     started: Started,
+    #[serde(with = "changes")]
     config: Config,
 }
 
 /// A program that was resolved: what is started for one generation, and again when a worker of it has crashed.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Build {
     pub(super) plan: Plan,
     pub(super) identity: BuildIdentity,
@@ -88,6 +92,25 @@ impl Build {
     /// The file is another one than was committed.
     pub(super) fn was_replaced(&self) -> bool {
         fs::metadata(&self.plan.program).map_or(true, |file| !self.identity.is(&file))
+    }
+}
+
+/// Of a configuration what differs in a recipe.
+mod changes {
+    use super::*;
+    use serde::{Deserializer, Serializer};
+
+    type Changes = (Vec<(OsString, Option<OsString>)>, Option<OsString>);
+
+    pub(super) fn serialize<S: Serializer>(config: &Config, serializer: S) -> Result<S::Ok, S::Error> {
+        let directory = config.directory.clone().map(OsString::from);
+        let changes: Changes = (config.environment.clone(), directory);
+        changes.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Config, D::Error> {
+        let (environment, directory) = Changes::deserialize(deserializer)?;
+        Ok(Config { environment, directory: directory.map(PathBuf::from), ..Config::default() })
     }
 }
 

@@ -7,7 +7,9 @@ mod drain;
 mod manager;
 mod perform;
 mod reap;
+mod replace;
 mod report;
+mod resume;
 mod scale;
 mod status;
 
@@ -31,11 +33,15 @@ use crate::error::{Error, ErrorKind};
 use crate::pid_file::PidFile;
 use crate::poll;
 use crate::systemd::Notifier;
+use crate::upgrade::spawn::Started;
 
 use answers::{Attempt, Requester, Verb};
 use drain::Drain;
 use reap::ChildSignals;
+use replace::Replacement;
 use report::Report;
+pub use resume::rehearse;
+pub(super) use resume::{STATE_VARIABLE, resumed};
 use scale::Scaling;
 
 const MAX_DRAINING: usize = 4;
@@ -50,6 +56,8 @@ pub struct Ended {
 
 pub(super) struct Supervisor {
     options: Options,
+    /// How this process itself was started.
+    own: Started,
     machine: Machine,
     sockets: Sockets,
     workers: BTreeMap<WorkerId, Worker>,
@@ -66,6 +74,7 @@ pub(super) struct Supervisor {
     drains: Vec<Drain>,
     stop_clients: Vec<(ClientId, Instant)>,
     scaling: Option<Scaling>,
+    replacement: Option<Replacement>,
     /// Which worker ended last, and how.
     last_exit: Option<(usize, String)>,
     last_upgrade: Option<LastUpgrade>,
@@ -83,6 +92,19 @@ pub(super) struct Supervisor {
     cut: usize,
     last_count: Option<usize>,
     not_started: Option<Error>,
+}
+
+/// What a supervisor cannot be without.
+struct Parts {
+    options: Options,
+    own: Started,
+    machine: Machine,
+    sockets: Sockets,
+    recipe: Recipe,
+    server: Server,
+    signals: Option<SignalPipe>,
+    children: ChildSignals,
+    pid_file: Option<PidFile>,
 }
 
 #[derive(Default)]
@@ -104,6 +126,8 @@ enum Source {
     Output(WorkerId),
     Leftover,
     Ours(Stream),
+    Rehearsal,
+    RehearsalOutput,
 }
 
 impl Supervisor {
@@ -121,9 +145,16 @@ impl Supervisor {
             max_draining: MAX_DRAINING,
             overlap: options.overlap,
         });
-        Ok(Self {
+        let own = Started::of_this_process();
+        Ok(Self::assemble(Parts { options, own, machine, sockets, recipe, server, signals, children, pid_file }))
+    }
+
+    fn assemble(parts: Parts) -> Self {
+        let Parts { options, own, machine, sockets, recipe, server, signals, children, pid_file } = parts;
+        Self {
             recipe,
             options,
+            own,
             machine,
             sockets,
             workers: BTreeMap::new(),
@@ -136,6 +167,7 @@ impl Supervisor {
             drains: vec![],
             stop_clients: vec![],
             scaling: None,
+            replacement: None,
             last_exit: None,
             last_upgrade: None,
             last_failure: None,
@@ -150,7 +182,7 @@ impl Supervisor {
             cut: 0,
             last_count: None,
             not_started: None,
-        })
+        }
     }
 
     fn prepare(options: &Options) -> Result<(Sockets, Option<PidFile>), Error> {
@@ -171,6 +203,11 @@ impl Supervisor {
 
     pub(super) fn run(mut self) -> Result<Ended, Error> {
         self.start();
+        self.run_on()
+    }
+
+    /// Until the end.
+    pub(super) fn run_on(mut self) -> Result<Ended, Error> {
         while self.machine.phase() != Phase::Ended || !self.reports.is_empty() {
             let ready = self.wait();
             for (source, events) in ready {
@@ -182,6 +219,7 @@ impl Supervisor {
             self.send_reports();
             self.look_at_scaling();
             self.end_drains();
+            self.look_at_replacement();
         }
         self.end()
     }
@@ -251,7 +289,11 @@ impl Supervisor {
         let outputs =
             self.workers.iter().flat_map(|(id, worker)| worker.outputs().map(|one| (Source::Output(*id), one)));
         let outputs = outputs.chain(self.leftovers.iter().map(|output| (Source::Leftover, output)));
-        let free = outputs.filter(|(_, output)| !self.blocked.contains(&output.stream));
+        if let Some(replacement) = &self.replacement {
+            all.extend(replacement.fds().map(|fd| (Source::Rehearsal, reads(fd))));
+        }
+        let of_rehearsal = self.replacement.iter().map(|replacement| (Source::RehearsalOutput, &replacement.stderr));
+        let free = outputs.chain(of_rehearsal).filter(|(_, output)| !self.blocked.contains(&output.stream));
         all.extend(free.filter_map(|(source, output)| Some((source, reads(output.fd()?)))));
         all
     }
@@ -262,6 +304,7 @@ impl Supervisor {
         let looks = self.workers.values().filter_map(|worker| worker.next_look);
         let dismissed = self.workers.values().filter_map(|worker| worker.dismissed);
         let reports = self.reports.iter().map(|report| report.deadline);
+        let others = others.into_iter().chain([self.replacement.as_ref().map(|replacement| replacement.deadline)]);
         timers.into_iter().chain(others).flatten().chain(looks).chain(dismissed).chain(reports).min()
     }
 
@@ -285,12 +328,22 @@ impl Supervisor {
                 self.blocked.extend(full);
                 self.leftovers.retain(|output| output.fd().is_some());
             }
+            Source::Rehearsal => self.read_rehearsal(),
+            Source::RehearsalOutput => {
+                let passed = self.replacement.as_mut().map(|replacement| replacement.stderr.pass_on());
+                self.blocked.extend(passed.filter(|passed| *passed == Passed::Blocked).map(|_| Stream::Stderr));
+            }
             Source::Ours(stream) => self.blocked.retain(|blocked| *blocked != stream),
         }
     }
 
     fn on_signals(&mut self) {
-        let Some(signals) = &mut self.signals else { return };
+        self.has_caught_signal();
+    }
+
+    /// Handles what has come.
+    fn has_caught_signal(&mut self) -> bool {
+        let Some(signals) = &mut self.signals else { return false };
         let caught = signals.take();
         if caught.upgrade {
             log::info!("upgrade asked for by signal");
@@ -301,6 +354,7 @@ impl Supervisor {
             log::info!("told to stop by signal{}", if again { " again" } else { "" });
             self.tell(if again { Event::StopNow } else { Event::Stop(None) });
         }
+        caught.upgrade || caught.stops > 0
     }
 
     fn on_time(&mut self, now: Instant) {

@@ -14,6 +14,10 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
+use crate::saved::moment;
+
 pub(crate) type WorkerId = u64;
 
 pub(crate) const WORKERS_MAX: usize = 1024;
@@ -25,7 +29,7 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
 /// How the workers of a service are to be run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Policy {
     pub(crate) workers: usize,
     pub(crate) ready_timeout: Duration,
@@ -125,27 +129,31 @@ pub(crate) enum Action {
     Finish,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Stage {
     Starting {
+        #[serde(with = "moment")]
         deadline: Instant,
     },
     Ready,
     /// Told to stop; none: it may take for ever.
     Stopping {
+        #[serde(with = "moment::option")]
         deadline: Option<Instant>,
     },
     Killed {
+        #[serde(with = "moment")]
         deadline: Instant,
         crashed: bool,
     },
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Worker {
     pub(crate) generation: u64,
     pub(crate) slot: usize,
     pub(crate) stage: Stage,
+    #[serde(with = "moment")]
     since: Instant,
 }
 
@@ -169,8 +177,9 @@ pub(crate) enum Phase {
     Ended,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 enum Doing {
+    #[default]
     Nothing,
     Rolling(Roll),
     Stopping,
@@ -198,23 +207,27 @@ enum Step {
     Retiring,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Crashes {
     times: u32,
+    #[serde(with = "moment::option")]
     restart_at: Option<Instant>,
 }
 
-#[derive(Clone, Debug)]
+/// It is written down for the next build of a supervisor only while it does nothing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Machine {
     policy: Policy,
     /// As the upgrade under way wants it, or the one that has failed.
     overlap: bool,
+    #[serde(skip)]
     doing: Doing,
     workers: BTreeMap<WorkerId, Worker>,
     next_id: WorkerId,
     /// Committed last; 0 before the first.
     generation: u64,
     crashes: BTreeMap<usize, Crashes>,
+    #[serde(skip)]
     actions: Vec<Action>,
 }
 

@@ -5,13 +5,18 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::saved;
 
 /// Longer messages are passed over.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
+#[derive(Serialize, Deserialize)]
 pub(super) struct NodeChannel {
     /// None when the program has closed it.
+    #[serde(with = "saved::fd::option")]
     stream: Option<UnixStream>,
     incoming: Vec<u8>,
 }

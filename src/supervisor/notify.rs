@@ -8,8 +8,9 @@ use std::os::unix::net::UnixDatagram;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, setsockopt, socket, sockopt};
 use nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
 
-use crate::sys;
+use crate::{saved, sys};
 
 /// What a worker can say; other lines are for a service manager, and this is none.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -18,7 +19,9 @@ pub(super) struct Said {
     pub(super) status: Option<String>,
 }
 
+#[derive(Serialize, Deserialize)]
 pub(super) struct NotifySocket {
+    #[serde(with = "saved::fd")]
     socket: UnixDatagram,
     /// Who else than root and this user may speak.
     uid: Option<u32>,

@@ -6,17 +6,20 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 
 use super::listen::Listen;
+use crate::saved::path;
 
 /// What `handover exec` is told.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Options {
     /// The program, by a path or a name in PATH.
     pub program: OsString,
     /// Its arguments.
     pub arguments: Vec<OsString>,
-    /// Where to listen for it.
+    /// Where to listen for it. What is bound is not bound again.
+    #[serde(skip)]
     pub listen: Vec<Listen>,
     /// Whether the sockets are non-blocking when the program gets them.
     pub non_blocking: bool,
@@ -49,11 +52,12 @@ pub struct Options {
     /// Whether the listeners are put into systemd's fd store; they are in any case if systemd says that there is one.
     pub fd_store: bool,
     /// A file for the pid of the supervisor.
+    #[serde(with = "path::option")]
     pub pid_file: Option<PathBuf>,
 }
 
 /// What proves that a worker can serve.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ready {
     /// Whichever of the others comes first.
     #[default]
@@ -67,7 +71,8 @@ pub enum Ready {
 }
 
 /// A signal by name or number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct StopSignal(pub(super) Signal);
 
 impl Default for StopSignal {
@@ -85,6 +90,20 @@ impl FromStr for StopSignal {
         let name = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
         let signal = number.or_else(|| name.parse().ok());
         signal.map(Self).ok_or_else(|| format!("`{text}` is no signal: write TERM, QUIT, INT, USR1 or a number"))
+    }
+}
+
+impl From<StopSignal> for String {
+    fn from(signal: StopSignal) -> Self {
+        signal.to_string()
+    }
+}
+
+impl TryFrom<String> for StopSignal {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
     }
 }
 

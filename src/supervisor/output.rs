@@ -11,7 +11,9 @@ use std::time::Instant;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::PollFlags;
+use serde::{Deserialize, Serialize};
 
+use crate::saved;
 use crate::upgrade::stderr::Tail;
 
 /// What a pipe that can be written to takes without blocking: PIPE_BUF.
@@ -20,7 +22,7 @@ const CHUNK_BYTES: usize = 4096;
 const BYTES_AT_ONCE: usize = 64 << 10;
 
 /// Where it goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Stream {
     Stdout,
     Stderr,
@@ -45,13 +47,16 @@ impl Stream {
     }
 }
 
+#[derive(Serialize, Deserialize)]
 pub(super) struct Output {
+    #[serde(with = "saved::fd::option")]
     pipe: Option<PipeReader>,
     pub(super) stream: Stream,
     tail: Tail,
     prefix: Option<Prefix>,
 }
 
+#[derive(Serialize, Deserialize)]
 struct Prefix {
     text: String,
     /// The next byte begins a line.

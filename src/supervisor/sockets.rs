@@ -1,9 +1,10 @@
 //! The listeners that the supervisor holds for its program, and how the program is told of them.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
 use super::listen::Listen;
@@ -12,8 +13,11 @@ use crate::engine::listener_status;
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::inherit::socket_activation;
-use crate::listeners::{Address, Entry, Listeners, TcpOptions, Unclaimed, UnixOptions, Wanted, WantedOptions};
-use crate::protocol::Kind;
+use crate::listeners::{
+    Address, Entry, Inherited, Listeners, Source, TcpOptions, Unclaimed, UnixOptions, Wanted, WantedOptions, kind_of,
+};
+use crate::protocol::{Kind, OfferedListener};
+use crate::sys;
 use crate::systemd::Notifier;
 
 /// Where a program finds the first of them: `SD_LISTEN_FDS_START`.
@@ -54,6 +58,24 @@ impl Sockets {
             set.map_err(|error| Error::io(format!("prepare listener `{}`", entry.name), error))?;
         }
         Ok(sockets)
+    }
+
+    /// In the order of their numbers.
+    pub(super) fn saved(&self) -> Vec<SavedSocket> {
+        let saved = |entry: &Entry| {
+            let fd = entry.socket.fd()?.as_raw_fd();
+            Some(SavedSocket { offered: entry.offered(), source: entry.source, fd })
+        };
+        self.entries().filter_map(saved).collect()
+    }
+
+    /// What was saved, as it is: nothing is bound, and the mode of a socket is the program's affair.
+    pub(super) fn resume(saved: Vec<SavedSocket>) -> io::Result<Self> {
+        let gate = Gate::new(|| {})?;
+        gate.open();
+        let names = saved.iter().map(|one| one.offered.name.clone()).collect();
+        let inherited = saved.into_iter().map(SavedSocket::take).collect::<io::Result<_>>()?;
+        Ok(Self { listeners: Listeners::resumed(inherited, &gate), gate, names })
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -123,6 +145,36 @@ impl Sockets {
 
     pub(super) fn remove_paths(&self) {
         self.listeners.unlink_paths(true);
+    }
+}
+
+/// A listener as the next build of this process finds it.
+#[derive(Serialize, Deserialize)]
+pub(super) struct SavedSocket {
+    offered: OfferedListener,
+    source: Source,
+    fd: RawFd,
+}
+
+impl SavedSocket {
+    fn take(self) -> io::Result<Inherited> {
+        let Self { offered, source, fd: number } = self;
+        let other = |what: &str| io::Error::other(format!("`{}` {what}", offered.name));
+        let fd = sys::fd_from_environment(number).ok_or_else(|| other("is not open"))?;
+        if kind_of(fd.as_fd())? != Some(offered.kind) || SockRef::from(&fd).cookie()? != offered.cookie {
+            return Err(other("is another socket"));
+        }
+        Ok(Inherited {
+            address: Address::of(fd.as_fd())?,
+            name: offered.name,
+            kind: offered.kind,
+            cookie: offered.cookie,
+            path: offered.path,
+            backlog: offered.backlog,
+            source,
+            activated: offered.activated,
+            fd,
+        })
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 
 use super::build::Build;
 use super::node_channel::NodeChannel;
@@ -18,17 +19,20 @@ use super::seen::Look;
 use super::sockets::{FIRST_FD, Sockets};
 use super::trampoline;
 use crate::error::Error;
-use crate::sys;
+use crate::{saved, sys};
 
 /// Looking costs; the longer it takes, the less it matters that it is seen at once.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(50);
 
+#[derive(Serialize, Deserialize)]
 pub(super) struct Worker {
     /// Not reaped yet, so nobody else has it.
+    #[serde(with = "saved::pid")]
     pub(super) pid: Pid,
     pub(super) slot: usize,
     pub(super) since: SystemTime,
+    #[serde(with = "saved::moment")]
     spawned: Instant,
     pub(super) notify: NotifySocket,
     pub(super) channel: Option<NodeChannel>,
@@ -40,6 +44,7 @@ pub(super) struct Worker {
     /// What it last said about itself.
     pub(super) status: Option<String>,
     /// When it is looked at again.
+    #[serde(with = "saved::moment::option")]
     pub(super) next_look: Option<Instant>,
     /// What it was not seen to wait on.
     missing: Vec<String>,
@@ -47,8 +52,10 @@ pub(super) struct Worker {
     /// How it was proved that it can serve.
     pub(super) proof: Option<String>,
     /// The run of --ready-cmd under way.
+    #[serde(with = "saved::pid::option")]
     pub(super) check: Option<Pid>,
     /// Until then it may end by itself, after it was given up.
+    #[serde(with = "saved::moment::option")]
     pub(super) dismissed: Option<Instant>,
     /// Connections that it had when it was last counted, which is before it is told to stop and now and then after that.
     pub(super) open: usize,
@@ -132,6 +139,12 @@ impl Worker {
     pub(super) fn read_channel(&mut self) {
         let messages = self.channel.as_mut().map(NodeChannel::read).unwrap_or_default();
         self.sent_ready |= messages.iter().any(|message| message == "ready");
+    }
+
+    /// What it is talked to by.
+    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let channel = self.channel.as_ref().and_then(NodeChannel::fd);
+        std::iter::once(self.notify.as_fd()).chain(channel).chain(self.outputs().filter_map(Output::fd))
     }
 
     pub(super) fn outputs(&self) -> impl Iterator<Item = &Output> {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
-/// Takes the fd that an ancestor announced by number, and sets CLOEXEC on it.
+/// Takes the fd that an ancestor, or this process before `execve`, announced by number, and sets CLOEXEC on it.
 ///
 /// `None` when no such fd is open. The caller says, by looking at its own environment, that the number was meant for
 /// this process; what the fd is must be checked by the caller too.
@@ -20,7 +20,8 @@ pub(crate) fn fd_from_environment(number: RawFd) -> Option<OwnedFd> {
     let open = unsafe { fcntl(BorrowedFd::borrow_raw(number), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)) };
     open.ok()?;
     // SAFETY: the fd is open, and by the convention of HANDOVER_FD and LISTEN_FDS it was passed for whoever reads the
-    // variable to own; `Handover::start` reads each of them once in a process.
+    // variable to own; `Handover::start` reads each of them once in a process. So does a supervisor with what it was
+    // before it replaced itself, each number of which was that of an `OwnedFd` of its own.
     Some(unsafe { OwnedFd::from_raw_fd(number) })
 }
 

@@ -12,24 +12,33 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
+#[cfg(feature = "cli")]
+use serde::{Deserialize, Serialize};
 
 use super::preflight;
 use crate::config::Config;
 use crate::control::UpgradeRequest;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{BuildIdentity, CHANNEL_FD, CHANNEL_VARIABLE};
+#[cfg(feature = "cli")]
+use crate::saved;
 use crate::sys::{self, SpawnRequest};
 
 /// How this process was started: what an upgrade repeats.
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "cli", derive(Serialize, Deserialize))]
 pub(crate) struct Started {
     /// As it was named; resolved at each upgrade.
+    #[cfg_attr(feature = "cli", serde(with = "saved::path"))]
     pub(crate) program: PathBuf,
     argv0: OsString,
     arguments: Vec<OsString>,
     /// By the path with its symbolic links, so that `current/` is followed to where it points at the time.
+    #[cfg_attr(feature = "cli", serde(with = "saved::path"))]
     directory: PathBuf,
-    signal_mask: SigSet,
+    #[cfg_attr(feature = "cli", serde(with = "saved::signals"))]
+    pub(crate) signal_mask: SigSet,
+    #[cfg_attr(feature = "cli", serde(with = "saved::signals"))]
     pub(crate) ignored: SigSet,
 }
 
@@ -96,12 +105,17 @@ impl Started {
 
 /// What one upgrade starts.
 #[derive(Debug)]
+#[cfg_attr(feature = "cli", derive(Serialize, Deserialize))]
 pub(crate) struct Plan {
+    #[cfg_attr(feature = "cli", serde(with = "saved::path"))]
     pub(crate) program: PathBuf,
     pub(crate) argv: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
+    #[cfg_attr(feature = "cli", serde(with = "saved::path"))]
     pub(crate) directory: PathBuf,
+    #[cfg_attr(feature = "cli", serde(with = "saved::signals"))]
     signal_mask: SigSet,
+    #[cfg_attr(feature = "cli", serde(with = "saved::signals"))]
     ignored: SigSet,
 }
 
@@ -212,7 +226,7 @@ fn is_ours(name: &OsStr) -> bool {
     ours.iter().any(|one| name == *one)
 }
 
-fn c_string(text: &OsStr) -> io::Result<CString> {
+pub(crate) fn c_string(text: &OsStr) -> io::Result<CString> {
     let nul = |_| io::Error::new(io::ErrorKind::InvalidInput, "an argument or variable contains a NUL byte");
     CString::new(text.as_bytes()).map_err(nul)
 }

@@ -12,6 +12,7 @@ const LINE_BYTES_MAX: usize = 1000;
 
 /// The tail of a stream of text.
 #[derive(Debug, Default)]
+#[cfg_attr(feature = "cli", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct Tail {
     lines: VecDeque<String>,
     partial: Vec<u8>,

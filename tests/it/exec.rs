@@ -2,6 +2,7 @@
 
 mod config;
 mod crash;
+mod itself;
 mod pid_one;
 mod ready;
 mod restart;

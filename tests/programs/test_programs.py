@@ -83,6 +83,19 @@ class Programs(unittest.TestCase):
         self.loses_nothing(service, "--new", "4", "--kept", str(KEPT), "--slow", "2:2")
         self.assertNotIn("a signal, where a message was due", service._log())
 
+    def test_the_supervisor_is_replaced_under_a_program_for_pm2(self) -> None:
+        service = self.pm2()
+        oracle = service.oracle("--new", "4", "--kept", str(KEPT), "--slow", "2:2")
+        for _ in range(3):
+            done = service.ask("upgrade", "--self")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            # By messages on channels that the build before has opened.
+            service.upgrade("--wait", "drained")
+        report = oracle.stop()
+        self.assertEqual(report["failed"], 0, report)
+        self.assertEqual(service.status()["generation"], 4)
+        self.assertNotIn("a signal, where a message was due", service._log())
+
     def test_what_pm2_gets_wrong(self) -> None:
         service = self.pm2("--ready-timeout", "2s")
         oracle = service.oracle("--new", "4", "--kept", str(KEPT), "--slow", "2:3")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unittest
 
-from lab import InFlight, Oracle, Service, ServiceCase, answer_of, lives, queue_of, run, wait_for, who
+from lab import HANDOVER, InFlight, Oracle, Service, ServiceCase, answer_of, lives, queue_of, run, wait_for, who
 
 
 class Exec(ServiceCase):
@@ -67,6 +67,26 @@ class Exec(ServiceCase):
         service.stop()
         self.assertTrue(request.end().answer.startswith("gen=1 "))
         self.assertEqual(service.show("Result"), "success")
+
+    def test_the_supervisor_is_replaced_and_stays_the_main_process(self) -> None:
+        service = self.supervised()
+        main, workers = service.main_pid(), self.workers(service)
+        load = Oracle(self, "--new", "4", "--kept", "4")
+        with self.watched(service) as seen:
+            for _ in range(3):
+                run(HANDOVER, "upgrade", "--self", "--pid", str(main))
+            service.reload_well()
+        report = load.stop()
+        self.assertEqual(report["failed"], 0, report)
+        self.assertLessEqual({state for state, _, _ in seen}, {"active", "reloading"})
+        self.assertEqual((who()[0], service.main_pid(), service.show("NRestarts")), (2, main, "0"))
+        self.assertEqual(service.show("StatusText"), "generation 2 serves")
+        self.assertFalse(set(workers) & set(service.processes()))
+        # What it has put into the fd store is still there for the next one.
+        cookies = service.cookies()
+        self.kill(main)
+        wait_for("the service is started again", lambda: service.is_up() and service.main_pid() not in (0, main))
+        self.assertEqual(service.cookies(), cookies)
 
     def test_the_listeners_outlive_even_the_supervisor(self) -> None:
         service = self.supervised()

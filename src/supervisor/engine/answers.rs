@@ -96,6 +96,7 @@ impl Supervisor {
                     self.tell(Event::Stop(timeout));
                 }
             }
+            Request::UpgradeSelf(request) => self.replace_self(client, &request),
             Request::Scale { workers } => self.scale(client, workers),
             Request::TakeOver => {
                 let message = "a supervisor hands nothing over: `handover upgrade` replaces the program that it runs";
@@ -115,8 +116,10 @@ impl Supervisor {
 
     pub(super) fn begin(&mut self, verb: Verb, request: &UpgradeRequest, requester: Requester) {
         let order = self.order(verb, request);
-        if let Some(refusal) = self.machine.refusal_of(&order) {
-            let busy = ResultEvent::new(Outcome::Busy, self.words_for_refusal(refusal));
+        let refusal = self.machine.refusal_of(&order).map(|refusal| self.words_for_refusal(refusal));
+        let replaces = self.replacement.as_ref().map(|_| "this supervisor is just being replaced".to_owned());
+        if let Some(message) = refusal.or(replaces) {
+            let busy = ResultEvent::new(Outcome::Busy, message);
             log::warn!("{verb} refused: {}", busy.message);
             return requester.client().into_iter().for_each(|client| self.finish_with(client, busy.clone()));
         }
@@ -236,7 +239,8 @@ impl Supervisor {
         let of_drains = self.drains.iter().map(|drain| drain.client);
         let of_stop = self.stop_clients.iter().map(|(client, _)| *client);
         let of_scaling = self.scaling.as_ref().map(|scaling| scaling.client);
-        let asked = of_upgrade.into_iter().chain(of_scaling);
+        let of_replacement = self.replacement.as_ref().map(|replacement| replacement.client);
+        let asked = of_upgrade.into_iter().chain(of_scaling).chain(of_replacement);
         let mut waiting: Vec<ClientId> = asked.chain(of_drains).chain(of_stop).collect();
         waiting.retain(|client| self.server.is_connected(*client));
         for client in &waiting {

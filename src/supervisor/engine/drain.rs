@@ -3,20 +3,24 @@
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 
 use super::Supervisor;
 use super::answers::{Attempt, Verb, stage};
 use crate::control::messages::{Event as Said, Outcome, ResultEvent, StageEvent, StageName};
 use crate::control::server::ClientId;
 use crate::engine::milliseconds_since;
+use crate::saved::moment;
 use crate::supervisor::machine::WorkerId;
 use crate::supervisor::{connections, family};
 
 const COUNT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The older generations after an upgrade, for one who waits for their end.
+#[derive(Serialize, Deserialize)]
 pub(super) struct Drain {
     pub(super) client: ClientId,
+    #[serde(with = "moment")]
     begun: Instant,
     /// The one that serves; older ones are waited for.
     generation: u64,

@@ -42,6 +42,7 @@ impl Supervisor {
             if let Some(id) = worker {
                 self.kill_what_is_left(id);
             }
+            self.kill_what_is_left_of_rehearsal(pid);
             match (waitpid(pid, Some(WaitPidFlag::WNOHANG)), worker) {
                 (Ok(status), Some(id)) => self.worker_ended(id, status),
                 (Ok(status), None) => self.other_ended(pid, status),
@@ -80,7 +81,7 @@ impl Supervisor {
     }
 
     fn other_ended(&mut self, pid: Pid, status: WaitStatus) {
-        if self.check_ended(pid, status) {
+        if self.check_ended(pid, status) || self.rehearsal_ended(pid, status) {
             return;
         }
         log::debug!("process {pid}, which no other process waited for, {}", exit_words(status).unwrap_or_default());

@@ -17,12 +17,14 @@ pub(super) struct Scaling {
 
 impl Supervisor {
     pub(super) fn scale(&mut self, client: ClientId, workers: usize) {
-        let refusal = self.machine.refusal().filter(|refusal| *refusal != Refusal::TooManyDraining);
+        let refusal = self.machine.refusal();
         if !(1..=WORKERS_MAX).contains(&workers) {
             let message = format!("a service has from 1 to {WORKERS_MAX} workers");
             return self.finish_with(client, ResultEvent::new(Outcome::BadRequest, message));
         }
-        if let Some(refusal) = refusal.or(self.scaling.as_ref().map(|_| Refusal::UnderWay)) {
+        if let Some(refusal) =
+            refusal.or((self.scaling.is_some() || self.replacement.is_some()).then_some(Refusal::UnderWay))
+        {
             let message = self.words_for_refusal(refusal);
             return self.finish_with(client, ResultEvent::new(Outcome::Busy, message));
         }

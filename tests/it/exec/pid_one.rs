@@ -37,6 +37,7 @@ fn it_supervises_and_reaps_whatever_is_left_without_a_parent() {
     let address = status["listeners"][0]["address"].as_str().unwrap().parse().unwrap();
     handover(&["upgrade", "--wait", "drained"]).exits_with(0).says("upgraded to generation 2");
     assert!(get(address, "/").starts_with("gen=2 "));
+    handover(&["upgrade", "--self"]).exits_with(0).says("process 1 goes on as handover ");
     let seen_from_here = fs::read_to_string(format!("/proc/{0}/task/{0}/children", unshare.id())).unwrap();
     let supervisor = seen_from_here.trim();
     let children = || fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children")).unwrap();
