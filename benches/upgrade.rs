@@ -72,7 +72,8 @@ fn listeners(scratch: &Scratch, limit: u64) -> Result<()> {
         "trigger → accepting",
         "own start, 1 listener",
         "own start, all bound",
-        "extra over the start with 1",
+        "more than the start with 1",
+        "more than the start with all",
         "floor: the fds alone",
     ]);
     let mut floor = Samples::default();
@@ -102,6 +103,7 @@ fn listeners(scratch: &Scratch, limit: u64) -> Result<()> {
             start_one.show(),
             start_all.show(),
             number(upgrade.median() - start_one.median()),
+            number(upgrade.median() - start_all.median()),
             number(fds.median()),
         ]);
     }

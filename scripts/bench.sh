@@ -8,25 +8,35 @@
 #   http      10,000 idle connections, and the latency around an upgrade
 #   peers     the same load on nginx and HAProxy, where they are installed
 #
-# All of them unless some are named: some eight minutes, on a machine that has nothing else to do.
+# All of them unless some are named: some eight minutes, on a machine that has nothing else to do. In a network namespace
+# of its own where one can be made: among the ports of other programs the kernel searches long for a free one.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
-benches=()
+benches=() inside=no
 for argument in "$@"; do
     case $argument in
         upgrade | accept | http | peers) benches+=("$argument") ;;
+        --inside) inside=yes ;;
         -h | --help) help ;;
         *) misused "unknown argument \`$argument\`" ;;
     esac
 done
 ((${#benches[@]})) || benches=(upgrade accept http peers)
 
-build --quiet
+if [[ $inside == no ]]; then
+    build --quiet
+    cargo bench --quiet --all-features --benches --no-run
+    namespace "${benches[@]}"
+    where='among the ports of everything else'
+else
+    ip link set lo up
+    where='in a network namespace of its own'
+fi
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo 'no repository')
 read -r load _ </proc/loadavg
-printf '%s, %s cores (%s), Linux %s, commit %s, load %s before the start\n\n' \
-    "$(date +%F)" "$(nproc)" "$(sed -n 's/^model name\s*: //p' /proc/cpuinfo | sort -u)" "$(uname -r)" "$commit" "$load"
+printf '%s, %s cores (%s), Linux %s, commit %s, load %s before the start, %s\n\n' \
+    "$(date +%F)" "$(nproc)" "$(sed -n 's/^model name\s*: //p' /proc/cpuinfo | sort -u)" "$(uname -r)" "$commit" "$load" "$where"
 for bench in "${benches[@]}"; do
     cargo bench --quiet --all-features --bench "$bench"
 done

@@ -25,6 +25,15 @@ misused() {
     exit 2
 }
 
+# namespace ARGUMENTS...: starts the script again with `--inside` before them, in a network namespace of its own. Returns
+# if none can be made. The caller has built everything: inside there is no network but lo.
+namespace() {
+    local as=(unshare --net)
+    ((EUID == 0)) || as=(unshare --map-root-user --net)
+    "${as[@]}" ip link set lo up 2>/dev/null || return 0
+    exec "${as[@]}" "$script" --inside "$@"
+}
+
 # The comment at the top of a script is its help.
 help() {
     sed -n '2,/^[^#]/ { /^#/ s/^# \{0,1\}//p }' "$script"

@@ -31,10 +31,8 @@ done
 
 build --quiet
 if [[ $inside == no ]]; then
-    as=(unshare --net)
-    ((EUID == 0)) || as=(unshare --map-root-user --net)
-    "${as[@]}" true || die "no network namespace can be made: run it as root"
-    exec "${as[@]}" "$script" --inside --upgrades "$upgrades" "${cases[@]}"
+    namespace --upgrades "$upgrades" "${cases[@]}"
+    die "no network namespace can be made: run it as root, with iproute2 installed"
 fi
 ip link set lo up
 # Clients that close first keep their ports in TIME_WAIT.

@@ -282,7 +282,8 @@ pub(crate) fn poll_fd<'a>(fd: &'a impl AsFd, flags: PollFlags) -> PollFd<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{Kind, OfferedAddress, OfferedListener};
+    use crate::garbled::garbled;
+    use crate::protocol::{Claims, Kind, OfferedAddress, OfferedListener};
     use std::time::Duration;
 
     fn soon() -> Instant {
@@ -349,6 +350,31 @@ mod tests {
             drop(a);
             assert!(Channel::new(b).unwrap().receive_offer(soon()).unwrap().is_none(), "{length}");
         }
+    }
+
+    proptest::proptest! {
+        /// In whatever pieces it comes: frames, then an end or a reason, and nothing is waited for.
+        #[test]
+        fn a_garbled_stream_ends(
+            frames in proptest::collection::vec(garbled(frames()), 1..4), piece in 1..200_usize
+        ) {
+            let (mut theirs, ours) = UnixStream::pair().unwrap();
+            let mut channel = Channel::new(ours).unwrap();
+            for piece in frames.concat().chunks(piece) {
+                theirs.write_all(piece).unwrap();
+                if channel.receive().is_err() {
+                    return Ok(());
+                }
+            }
+            drop(theirs);
+            while let Ok(Received::Message(_)) = channel.receive() {}
+        }
+    }
+
+    fn frames() -> Vec<Vec<u8>> {
+        let claims = Claims { kept: vec!["http".into()], ..Claims::default() };
+        let messages = [Message::Ready(claims), Message::Commit, Message::Aborted { reason: "stopped".into() }];
+        messages.iter().map(|message| message.encode().unwrap()).collect()
     }
 
     #[test]

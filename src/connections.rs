@@ -1,61 +1,68 @@
 //! Open connections: counted, so that a drain knows when it is over, and cut when its deadline passes.
+//!
+//! A connection costs two atomic additions here and takes no lock. Both ends of the bargain between a connection that
+//! ends and the cut stand in [`Guard::drop`] and [`Connections::cut`].
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use crate::sys::FdTable;
 use crate::watch::lock;
 
+/// What stands beside the count in `Connections::ended`: somebody wants to know when nothing is open any more.
+const WATCHED: u64 = 1 << 63;
+
+/// The same: whoever ends now must wait until the cut is over.
+const CUTTING: u64 = 1 << 62;
+
+const COUNT: u64 = CUTTING - 1;
+
 pub(crate) struct Connections {
-    table: Mutex<Table>,
     accepted: AtomicU64,
-    /// Somebody wants to know when nothing is open any more.
-    draining: AtomicBool,
+    /// Guards of work that is no connection.
+    others: AtomicU64,
+    /// Of both.
+    ended: AtomicU64,
+    sockets: FdTable,
+    cut: Mutex<()>,
     on_idle: Box<dyn Fn() + Send + Sync>,
 }
 
-#[derive(Default)]
-struct Table {
-    sockets: FdTable,
-    /// Guards of work that is no connection.
-    others: usize,
-}
-
-impl Table {
-    fn open(&self) -> usize {
-        self.sockets.len() + self.others
-    }
-}
-
 impl Connections {
-    pub(crate) fn new(on_idle: impl Fn() + Send + Sync + 'static) -> Self {
-        Self {
-            table: Mutex::default(),
+    /// Lives as long as the process, which has one: counting who still needs it would double what a connection costs.
+    pub(crate) fn new(on_idle: impl Fn() + Send + Sync + 'static) -> &'static Self {
+        Box::leak(Box::new(Self {
             accepted: AtomicU64::new(0),
-            draining: AtomicBool::new(false),
+            others: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
+            sockets: FdTable::default(),
+            cut: Mutex::default(),
             on_idle: Box::new(on_idle),
-        }
+        }))
     }
 
     /// Counts `stream` until what is returned is dropped.
-    pub(crate) fn track<S: AsFd>(self: &Arc<Self>, stream: S) -> Connection<S> {
+    pub(crate) fn track<S: AsFd>(&'static self, stream: S) -> Connection<S> {
         self.accepted.fetch_add(1, Ordering::Relaxed);
-        let key = lock(&self.table).sockets.insert(stream.as_fd());
-        Connection { _guard: Guard { connections: self.clone(), socket: Some(key) }, stream }
+        let socket = Some(self.sockets.enter(stream.as_fd()));
+        Connection { _guard: Guard { connections: self, socket }, stream }
     }
 
-    pub(crate) fn guard(self: &Arc<Self>) -> Guard {
-        lock(&self.table).others += 1;
-        Guard { connections: self.clone(), socket: None }
+    pub(crate) fn guard(&'static self) -> Guard {
+        self.others.fetch_add(1, Ordering::Relaxed);
+        Guard { connections: self, socket: None }
     }
 
-    /// How many are open now.
+    /// How many are open now; exact once nothing is accepted any more.
     pub(crate) fn open(&self) -> usize {
-        lock(&self.table).open()
+        // First what has ended. Each of those was counted as begun before, and acquiring makes that visible.
+        let ended = self.ended.load(Ordering::Acquire) & COUNT;
+        let begun = self.accepted.load(Ordering::Relaxed) + self.others.load(Ordering::Relaxed);
+        usize::try_from(begun - ended).unwrap_or(usize::MAX)
     }
 
     /// How many were accepted since this process began.
@@ -63,23 +70,29 @@ impl Connections {
         self.accepted.load(Ordering::Relaxed)
     }
 
-    /// From now on the last one to end calls `on_idle`.
+    /// From now on the last one to end calls `on_idle`, and so may one that looks like the last.
     pub(crate) fn watch_for_idle(&self) {
-        // Under the lock, so that no guard can be dropped between a count of one and the flag.
-        let table = lock(&self.table);
-        self.draining.store(true, Ordering::SeqCst);
-        drop(table);
+        self.ended.fetch_or(WATCHED, Ordering::AcqRel);
     }
 
     /// Shuts down every connection in both directions and says how much was still open. Whoever serves one sees the
     /// end of its stream and lets go of it.
     pub(crate) fn cut(&self) -> usize {
-        let table = lock(&self.table);
-        table.sockets.for_each(|fd| {
+        self.cut_with(|fd| {
             // It may have ended by itself.
             let _ = socket2::SockRef::from(&fd).shutdown(Shutdown::Both);
-        });
-        table.open()
+        })
+    }
+
+    fn cut_with(&self, shut_down: impl FnMut(BorrowedFd<'_>)) -> usize {
+        // A connection that ends has left the table before it is counted as ended. If it was counted before this, the
+        // table shows that it has left; if after, it finds the mark, and waits for the lock before it closes the fd.
+        let cut = lock(&self.cut);
+        self.ended.fetch_or(CUTTING, Ordering::AcqRel);
+        self.sockets.for_each(shut_down);
+        self.ended.fetch_and(!CUTTING, Ordering::AcqRel);
+        drop(cut);
+        self.open()
     }
 }
 
@@ -87,19 +100,31 @@ impl Connections {
 ///
 /// From [`Handover::guard`](crate::Handover::guard). Connections that the library's listeners accept carry one already.
 pub struct Guard {
-    connections: Arc<Connections>,
-    socket: Option<usize>,
+    connections: &'static Connections,
+    /// Its place in the table.
+    socket: Option<&'static AtomicBool>,
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let mut table = lock(&self.connections.table);
-        match self.socket {
-            Some(key) => table.sockets.remove(key),
-            None => table.others -= 1,
+        if let Some(socket) = self.socket {
+            socket.store(false, Ordering::Relaxed);
         }
-        if table.open() == 0 && self.connections.draining.load(Ordering::SeqCst) {
-            drop(table);
+        // Releases that store to `cut`, and acquires the mark of one that has begun.
+        let ended = self.connections.ended.fetch_add(1, Ordering::AcqRel);
+        if ended & (WATCHED | CUTTING) != 0 {
+            self.end_slowly(ended);
+        }
+    }
+}
+
+impl Guard {
+    #[cold]
+    fn end_slowly(&self, ended: u64) {
+        if ended & CUTTING != 0 {
+            drop(lock(&self.connections.cut));
+        }
+        if ended & WATCHED != 0 && self.connections.open() == 0 {
             (self.connections.on_idle)();
         }
     }
@@ -118,7 +143,7 @@ impl std::fmt::Debug for Guard {
 /// than the stream.
 #[derive(Debug)]
 pub struct Connection<S> {
-    /// First, so that it is dropped before the stream: see `FdTable::for_each`.
+    /// First, so that it is dropped before the stream: see `Connections::cut`.
     _guard: Guard,
     stream: S,
 }
@@ -193,14 +218,17 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
     use std::sync::atomic::AtomicUsize;
+    use std::sync::{Arc, Barrier, mpsc};
+    use std::thread;
+    use std::time::Duration;
 
     #[test]
     fn connections_are_counted_and_the_last_one_tells() {
         let told = Arc::new(AtomicUsize::new(0));
         let counter = told.clone();
-        let connections = Arc::new(Connections::new(move || {
+        let connections = Connections::new(move || {
             counter.fetch_add(1, Ordering::SeqCst);
-        }));
+        });
         let (a, b) = UnixStream::pair().unwrap();
         let (a, b) = (connections.track(a), connections.track(b));
         let guard = connections.guard();
@@ -215,7 +243,7 @@ mod tests {
 
     #[test]
     fn cutting_ends_both_directions() {
-        let connections = Arc::new(Connections::new(|| {}));
+        let connections = Connections::new(|| {});
         let (a, mut b) = UnixStream::pair().unwrap();
         let mut a = connections.track(a);
         assert_eq!(connections.cut(), 1);
@@ -223,5 +251,65 @@ mod tests {
         assert_eq!(a.read(&mut byte).unwrap(), 0);
         assert_eq!(b.read(&mut byte).unwrap(), 0);
         assert_eq!(connections.open(), 1);
+    }
+
+    /// A number is free as soon as its connection is dropped, and the next socket of anybody takes it.
+    #[test]
+    fn the_cut_spares_whoever_has_taken_the_number_of_a_connection_that_ended() {
+        const THREADS: usize = 4;
+        const ROUNDS: usize = 5_000;
+        let connections = Connections::new(|| {});
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let end_connections = || {
+                for round in 0..ROUNDS {
+                    let (a, _b) = UnixStream::pair().unwrap();
+                    drop(connections.track(a));
+                    let (stranger, _peer) = UnixStream::pair().unwrap();
+                    stranger.set_nonblocking(true).unwrap();
+                    thread::yield_now();
+                    let read = (&stranger).read(&mut [0]).map_err(|error| error.kind());
+                    assert_eq!(read, Err(io::ErrorKind::WouldBlock), "a stranger was cut, in round {round}");
+                }
+            };
+            let threads = [(); THREADS].map(|()| scope.spawn(end_connections));
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    connections.cut_with(|fd| {
+                        // Time for the connection to end, and for its number to be taken.
+                        thread::yield_now();
+                        let _ = socket2::SockRef::from(&fd).shutdown(Shutdown::Both);
+                    });
+                }
+            });
+            let results = threads.map(thread::ScopedJoinHandle::join);
+            over.store(true, Ordering::Relaxed);
+            results.into_iter().for_each(|result| result.unwrap());
+        });
+        assert_eq!((connections.open(), connections.accepted()), (0, (THREADS * ROUNDS) as u64));
+    }
+
+    #[test]
+    fn the_last_one_tells_whoever_it_is() {
+        for round in 0..2_000 {
+            let (tell, told) = mpsc::channel();
+            let connections = Connections::new(move || tell.send(()).unwrap_or_default());
+            let start = Barrier::new(3);
+            thread::scope(|scope| {
+                for guard in [connections.guard(), connections.guard()] {
+                    let start = &start;
+                    scope.spawn(move || {
+                        start.wait();
+                        drop(guard);
+                    });
+                }
+                start.wait();
+                connections.watch_for_idle();
+                if connections.open() > 0 {
+                    told.recv_timeout(Duration::from_secs(30)).unwrap_or_else(|_| panic!("nobody, in round {round}"));
+                }
+            });
+            assert_eq!(connections.open(), 0);
+        }
     }
 }

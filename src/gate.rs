@@ -92,10 +92,10 @@ impl Gate {
     pub(crate) fn take_blocking<R>(
         &self,
         socket: &GatedSocket,
-        attempt: impl Fn(BorrowedFd<'_>) -> io::Result<R>,
+        mut attempt: impl FnMut(BorrowedFd<'_>) -> io::Result<R>,
     ) -> io::Result<Option<R>> {
         loop {
-            match self.try_take(socket, &attempt)? {
+            match self.try_take(socket, &mut attempt)? {
                 Taken::Done(taken) => return Ok(Some(taken)),
                 Taken::Closed => return Ok(None),
                 Taken::Shut => {
@@ -129,7 +129,7 @@ impl Gate {
     pub(crate) fn try_take<R>(
         &self,
         socket: &GatedSocket,
-        attempt: impl Fn(BorrowedFd<'_>) -> io::Result<R>,
+        mut attempt: impl FnMut(BorrowedFd<'_>) -> io::Result<R>,
     ) -> io::Result<Taken<R>> {
         if !socket.was_waited_on.load(Ordering::Acquire) {
             self.before_first_wait(socket)?;

@@ -72,6 +72,8 @@ mod engine;
 mod upgrade;
 mod inherit;
 #[cfg(test)]
+mod garbled;
+#[cfg(test)]
 mod model;
 mod state;
 #[cfg(feature = "cli")]

@@ -188,6 +188,7 @@ pub(crate) struct Entry {
 #[derive(Default)]
 struct Pending {
     backlog: Option<u32>,
+    nodelay: Option<bool>,
     unix: Option<UnixOptions>,
 }
 
@@ -427,6 +428,9 @@ impl Listeners {
                     Err(error) => log::warn!("listener `{}` keeps its old backlog: {error}", entry.name),
                 }
             }
+            if let Some(Err(error)) = pending.nodelay.map(|on| SockRef::from(&fd).set_tcp_nodelay(on)) {
+                log::warn!("listener `{}` keeps its old TCP_NODELAY: {error}", entry.name);
+            }
             if let (Some(options), Address::Path(path)) = (pending.unix, &entry.address) {
                 if let Err(error) = bind::set_mode_and_owner(path, &options) {
                     log::warn!("listener `{}` keeps its old mode and owner: {error}", entry.name);
@@ -500,11 +504,15 @@ fn keep(inherited: Inherited, wanted: &Wanted<'_>, gate: &Gate) -> Entry {
     if !entry.address.satisfies(&wanted.address) {
         log::info!("listener `{}` is at {}, as the service manager says", entry.name, entry.address);
     }
-    // A service manager sets backlog, mode and owner itself.
+    // A service manager sets backlog, TCP_NODELAY, mode and owner itself.
     if !entry.activated {
         entry.pending.backlog = wanted.backlog().filter(|backlog| entry.backlog.is_some_and(|old| old != *backlog));
         if let (WantedOptions::Unix(options), Some(_)) = (&wanted.options, entry.path) {
             entry.pending.unix = Some(options.clone());
+        }
+        if let (WantedOptions::Tcp(options), Some(fd)) = (&wanted.options, entry.socket.fd()) {
+            let have = SockRef::from(&fd).tcp_nodelay();
+            entry.pending.nodelay = Some(options.nodelay).filter(|want| have.is_ok_and(|have| have != *want));
         }
     }
     if let (WantedOptions::Tcp(options), Some(fd), Address::Ip(SocketAddr::V6(_))) =

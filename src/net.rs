@@ -15,7 +15,7 @@ use crate::gate::GatedSocket;
 use crate::handover::{Claimed, Handover};
 use crate::listeners::Address;
 use crate::shared::Shared;
-use crate::sys;
+use crate::sys::{self, IpAddress};
 
 /// What every kind of listener has.
 #[derive(Clone)]
@@ -30,7 +30,7 @@ impl Behind {
         Self { shared: handover.shared.clone(), socket: claimed.socket, address: claimed.address }
     }
 
-    fn take<R>(&self, attempt: impl Fn(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<Option<R>> {
+    fn take<R>(&self, attempt: impl FnMut(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<Option<R>> {
         self.shared.gate.take_blocking(&self.socket, attempt)
     }
 
@@ -47,15 +47,25 @@ impl Behind {
     }
 }
 
-/// Takes one connection; CLOEXEC in the same call, and counted before the gate can be shut behind it.
+/// Takes one connection, and counts it before the gate can be shut behind it.
 pub(crate) fn accept<S: AsFd>(
     shared: &Shared,
     listener: BorrowedFd<'_>,
     flags: i32,
     stream: impl Fn(OwnedFd) -> io::Result<S>,
-) -> io::Result<(Connection<S>, SockAddr)> {
-    let (socket, peer) = SockRef::from(&listener).accept4(libc::SOCK_CLOEXEC | flags)?;
-    Ok((shared.connections.track(stream(socket.into())?), peer))
+) -> io::Result<Connection<S>> {
+    Ok(shared.connections.track(stream(sys::accept(listener, flags)?)?))
+}
+
+/// The same of a TCP listener, with the peer's address.
+pub(crate) fn accept_with_peer<S: AsFd>(
+    shared: &Shared,
+    listener: BorrowedFd<'_>,
+    flags: i32,
+    peer: &mut IpAddress,
+    stream: impl Fn(OwnedFd) -> io::Result<S>,
+) -> io::Result<Connection<S>> {
+    Ok(shared.connections.track(stream(sys::accept_with_peer(listener, flags, peer)?)?))
 }
 
 pub(crate) fn ip_of(peer: &SockAddr) -> io::Result<SocketAddr> {
@@ -105,13 +115,14 @@ impl TcpListener {
     ///
     /// Those of `accept4(2)`: for one connection (`ECONNABORTED`) or for the process (`EMFILE`).
     pub fn accept(&self) -> io::Result<Option<(Connection<TcpStream>, SocketAddr)>> {
-        let accepted = self.0.take(|fd| accept(&self.0.shared, fd, 0, |fd| Ok(fd.into())))?;
-        accepted.map(|(connection, peer)| Ok((connection, ip_of(&peer)?))).transpose()
+        let mut peer = IpAddress::unknown();
+        let accepted = self.0.take(|fd| accept_with_peer(&self.0.shared, fd, 0, &mut peer, |fd| Ok(fd.into())))?;
+        accepted.map(|connection| Ok((connection, peer.read()?))).transpose()
     }
 
     /// Every connection until this process drains. Errors are logged and passed over; out of fds it waits a moment.
     pub fn incoming(&self) -> impl Iterator<Item = Connection<TcpStream>> + '_ {
-        std::iter::from_fn(|| next(|| self.accept()).map(|(connection, _)| connection))
+        std::iter::from_fn(|| next(|| self.0.take(|fd| accept(&self.0.shared, fd, 0, |fd| Ok(fd.into())))))
     }
 
     /// Where it is bound.
@@ -142,8 +153,7 @@ impl UnixListener {
     ///
     /// As for [`TcpListener::accept`].
     pub fn accept(&self) -> io::Result<Option<Connection<UnixStream>>> {
-        let accepted = self.0.take(|fd| accept(&self.0.shared, fd, 0, |fd| Ok(fd.into())))?;
-        Ok(accepted.map(|(connection, _)| connection))
+        self.0.take(|fd| accept(&self.0.shared, fd, 0, |fd| Ok(fd.into())))
     }
 
     /// Every connection until this process drains; as [`TcpListener::incoming`].
@@ -186,9 +196,7 @@ impl Datagrams {
     }
 
     fn receive(&self, buffer: &mut [u8]) -> io::Result<Option<(usize, SockAddr)>> {
-        // The closure may run several times and needs the buffer each time.
-        let buffer = std::cell::RefCell::new(buffer);
-        self.behind.take(|fd| sys::receive_from(fd, &mut buffer.borrow_mut()))
+        self.behind.take(|fd| sys::receive_from(fd, buffer))
     }
 
     pub(crate) fn send(&self, bytes: &[u8], to: &SockAddr) -> io::Result<usize> {

@@ -43,7 +43,7 @@ pub(crate) struct Shared {
     /// The build that served before.
     pub(crate) previous: Option<BuildIdentity>,
     pub(crate) gate: Gate,
-    pub(crate) connections: Arc<Connections>,
+    pub(crate) connections: &'static Connections,
     pub(crate) phase: Arc<Watch<Phase>>,
     /// Makes the engine look at its commands, and at what else may have changed.
     pub(crate) wake: Arc<EventFd>,
@@ -119,9 +119,12 @@ impl Shared {
         let event = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         let wake = Arc::new(event().map_err(|error| failed(error.into()))?);
         let wake_on = |wake: &Arc<EventFd>| {
-            let wake = wake.clone();
+            // Weak, because what counts connections is never freed.
+            let wake = Arc::downgrade(wake);
             move || {
-                let _ = wake.write(1);
+                if let Some(wake) = wake.upgrade() {
+                    let _ = wake.write(1);
+                }
             }
         };
         let supervised = socket_activation::supervised_generation();
@@ -152,7 +155,7 @@ impl Shared {
             executable: std::env::current_exe().unwrap_or_default(),
             previous,
             gate: Gate::new(wake_on(&wake)).map_err(failed)?,
-            connections: Arc::new(Connections::new(wake_on(&wake))),
+            connections: Connections::new(wake_on(&wake)),
             phase: Arc::new(Watch::new(Phase { ownership, draining: None, drained: None })),
             draining_event: event().map_err(|error| failed(error.into()))?,
             is_draining: AtomicBool::new(false),

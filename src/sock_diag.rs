@@ -173,4 +173,13 @@ mod tests {
             assert_eq!(queue_length(&answer[..length]), None, "{length}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_answer_is_read(answer in proptest::collection::vec(proptest::num::u8::ANY, 0..300)) {
+            let _ = queue_length(&answer);
+            #[cfg(feature = "cli")]
+            let _ = add_inodes(&answer, &(0..=u16::MAX).collect(), &mut HashSet::new());
+        }
+    }
 }

@@ -3,12 +3,14 @@
 //! What `nix`, `socket2` and `sendfd` already wrap is used from there. Here is only what they lack: `posix_spawn` with
 //! a working directory, pidfds, fds that arrive by number or by message, and two socket options.
 
+mod accept;
 mod fds;
 mod pidfd;
 mod signals;
 mod socket;
 mod spawn;
 
+pub(crate) use accept::{IpAddress, accept, accept_with_peer};
 pub(crate) use fds::{FdTable, dup_at_least, fd_from_environment, receive_fds, replace_stderr};
 pub(crate) use pidfd::{pidfd_of_peer, pidfd_open, pidfd_send_signal};
 pub(crate) use signals::ignored_signals;

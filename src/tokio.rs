@@ -37,7 +37,7 @@ use crate::gate::{GateState, Taken};
 use crate::handover::Handover;
 use crate::net::{self, Behind, Datagrams};
 use crate::shared::Phase;
-use crate::sys;
+use crate::sys::{self, IpAddress};
 use crate::watch::{Found, lock};
 
 impl Handover {
@@ -84,17 +84,17 @@ impl Registered {
         Self { behind, registration, moved: None }
     }
 
-    async fn take<R>(&mut self, attempt: impl Fn(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<Option<R>> {
-        poll_fn(|context| self.poll_take(context, &attempt)).await
+    async fn take<R>(&mut self, mut attempt: impl FnMut(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<Option<R>> {
+        poll_fn(|context| self.poll_take(context, &mut attempt)).await
     }
 
     fn poll_take<R>(
         &mut self,
         context: &mut Context<'_>,
-        attempt: &impl Fn(BorrowedFd<'_>) -> io::Result<R>,
+        attempt: &mut impl FnMut(BorrowedFd<'_>) -> io::Result<R>,
     ) -> Poll<io::Result<Option<R>>> {
         loop {
-            match self.behind.shared.gate.try_take(&self.behind.socket, attempt)? {
+            match self.behind.shared.gate.try_take(&self.behind.socket, &mut *attempt)? {
                 Taken::Done(taken) => return Poll::Ready(Ok(Some(taken))),
                 Taken::Closed => return Poll::Ready(Ok(None)),
                 Taken::Shut => ready!(self.poll_gate(context, |state| (*state != GateState::Shut).then_some(()))),
@@ -162,8 +162,10 @@ impl TcpListener {
     pub async fn accept(&mut self) -> io::Result<Option<(Connection<TcpStream>, SocketAddr)>> {
         let shared = self.0.behind.shared.clone();
         let stream = |fd: OwnedFd| TcpStream::from_std(fd.into());
-        let accepted = self.0.take(|fd| net::accept(&shared, fd, libc::SOCK_NONBLOCK, stream)).await?;
-        accepted.map(|(connection, peer)| Ok((connection, net::ip_of(&peer)?))).transpose()
+        let mut peer = IpAddress::unknown();
+        let attempt = |fd: BorrowedFd<'_>| net::accept_with_peer(&shared, fd, libc::SOCK_NONBLOCK, &mut peer, stream);
+        let accepted = self.0.take(attempt).await?;
+        accepted.map(|connection| Ok((connection, peer.read()?))).transpose()
     }
 
     /// Where it is bound.
@@ -208,8 +210,7 @@ impl UnixListener {
     pub async fn accept(&mut self) -> io::Result<Option<Connection<UnixStream>>> {
         let shared = self.0.behind.shared.clone();
         let stream = |fd: OwnedFd| UnixStream::from_std(fd.into());
-        let accepted = self.0.take(|fd| net::accept(&shared, fd, libc::SOCK_NONBLOCK, stream)).await?;
-        Ok(accepted.map(|(connection, _)| connection))
+        self.0.take(|fd| net::accept(&shared, fd, libc::SOCK_NONBLOCK, stream)).await
     }
 
     #[cfg(feature = "hyper")]
@@ -249,9 +250,7 @@ impl UdpSocket {
     ///
     /// Those of `recvfrom(2)`.
     pub async fn recv_from(&mut self, buffer: &mut [u8]) -> io::Result<Option<(usize, SocketAddr)>> {
-        // The closure may run several times and needs the buffer each time.
-        let buffer = Mutex::new(buffer);
-        let received = self.receiving.take(|fd| sys::receive_from(fd, &mut lock(&buffer))).await?;
+        let received = self.receiving.take(|fd| sys::receive_from(fd, buffer)).await?;
         received.map(|(count, peer)| Ok((count, net::ip_of(&peer)?))).transpose()
     }
 
@@ -297,8 +296,7 @@ impl UnixDatagram {
     ///
     /// Those of `recvfrom(2)`.
     pub async fn recv_from(&mut self, buffer: &mut [u8]) -> io::Result<Option<(usize, Option<PathBuf>)>> {
-        let buffer = Mutex::new(buffer);
-        let received = self.receiving.take(|fd| sys::receive_from(fd, &mut lock(&buffer))).await?;
+        let received = self.receiving.take(|fd| sys::receive_from(fd, buffer)).await?;
         Ok(received.map(|(count, peer)| (count, peer.as_pathname().map(PathBuf::from))))
     }
 

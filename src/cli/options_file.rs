@@ -2,7 +2,8 @@
 //! are checked, explained and documented in one place.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -14,6 +15,8 @@ const OPTION: &str = "--config";
 /// The one key that is no option: what stands behind `--`.
 const PROGRAM: &str = "program";
 
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
 /// The command line with what the file that it names adds.
 pub(super) fn expand(arguments: Vec<OsString>, definitions: &Command) -> Result<Vec<OsString>, Error> {
     let (Some(verb), Some(file)) = (arguments.get(1).filter(|verb| *verb == VERB), named_file(&arguments)) else {
@@ -21,7 +24,7 @@ pub(super) fn expand(arguments: Vec<OsString>, definitions: &Command) -> Result<
     };
     let exec = definitions.find_subcommand(verb);
     let refuse = |cause: String| Error::raw(ErrorKind::ValueValidation, format!("{}: {cause}\n", file.display()));
-    let text = fs::read_to_string(&file).map_err(|error| refuse(format!("cannot read it: {error}")))?;
+    let text = read(&file).map_err(|error| refuse(format!("cannot read it: {error}")))?;
     let mut table: Table = text.parse().map_err(|error| refuse(format!("{error}")))?;
     let program = table.remove(PROGRAM).map(|value| program(&value)).transpose().map_err(refuse)?;
     let mut expanded: Vec<OsString> = arguments.iter().take(2).cloned().collect();
@@ -35,6 +38,15 @@ pub(super) fn expand(arguments: Vec<OsString>, definitions: &Command) -> Result<
         expanded.extend(program.into_iter().map(OsString::from));
     }
     Ok(expanded)
+}
+
+fn read(file: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(file)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
+    match text.len() as u64 {
+        0..=FILE_BYTES_MAX => Ok(text),
+        _ => Err(io::Error::other(format!("it has more than {FILE_BYTES_MAX} bytes"))),
+    }
 }
 
 fn named_file(arguments: &[OsString]) -> Option<std::path::PathBuf> {

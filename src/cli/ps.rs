@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 use handover::control::{Client, Status, Target, services};
+use handover::{Error, ErrorKind};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
@@ -29,6 +30,9 @@ pub(super) fn run(_: &Arguments, output: &mut Output) -> Result<Exit, Failure> {
         let client = Client::connect(&Target::Pid(service.pid)).and_then(|client| client.patience(PATIENCE));
         (service.pid, client.and_then(Client::status))
     });
+    // One that has ended since it was found is none.
+    let has_ended = |error: &Error| error.kind() == ErrorKind::NotRunning;
+    let asked = asked.filter(|(_, status)| !status.as_ref().is_err_and(has_ended));
     if output.is_json() {
         for (pid, status) in asked {
             match status {
@@ -39,14 +43,17 @@ pub(super) fn run(_: &Arguments, output: &mut Output) -> Result<Exit, Failure> {
         return Ok(Exit::Done);
     }
     let head = ["PID", "GENERATION", "STATE", "OPEN", "LISTENERS", "PROGRAM"].map(str::to_owned).to_vec();
-    let mut rows = vec![head];
+    let (mut rows, mut silent) = (vec![head], vec![]);
     for (pid, status) in asked {
         rows.push(match status {
             Ok(status) => row(pid, &status),
-            Err(error) => vec![pid.to_string(), "?".to_owned(), error.to_string()],
+            Err(error) => {
+                silent.push(error.to_string());
+                vec![pid.to_string(), "?".to_owned(), "?".to_owned()]
+            }
         });
     }
-    table(&rows).iter().for_each(|line| output.line(line));
+    table(&rows).iter().chain(&silent).for_each(|line| output.line(line));
     Ok(Exit::Done)
 }
 
@@ -61,6 +68,6 @@ fn row(pid: i32, status: &Status) -> Vec<String> {
         status.state.to_string(),
         status.connections.open.to_string(),
         addresses.join(",") + &more,
-        status.program.display().to_string(),
+        status.name.iter().map(|name| format!("{name}: ")).collect::<String>() + &status.program.to_string_lossy(),
     ]
 }

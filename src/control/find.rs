@@ -152,15 +152,17 @@ fn socket_inodes(directory: &Path) -> io::Result<HashSet<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::garbled::garbled;
 
-    #[test]
-    fn the_table_of_unix_sockets_is_read_with_its_odd_paths() {
-        let table = b"Num       RefCount Protocol Flags    Type St Inode Path\n\
+    const TABLE: &[u8] = b"Num       RefCount Protocol Flags    Type St Inode Path\n\
             0000000000000000: 00000002 00000000 00010000 0001 01 24680 /run/my app/12.sock\n\
             0000000000000000: 00000003 00000000 00000000 0001 03  1357 /run/connected/12.sock\n\
             0000000000000000: 00000002 00000000 00010000 0001 01 11111 @abstract/12.sock\n\
             0000000000000000: 00000003 00000000 00000000 0001 03 99999\n";
-        let found: Vec<_> = listening_paths(table).collect();
+
+    #[test]
+    fn the_table_of_unix_sockets_is_read_with_its_odd_paths() {
+        let found: Vec<_> = listening_paths(TABLE).collect();
         assert_eq!(found, [(24680, &b"/run/my app/12.sock"[..])]);
     }
 
@@ -176,5 +178,14 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::NotRunning, "{error}");
         let error = service_of(i32::MAX).unwrap_err();
         assert!(error.to_string().contains("no such process"), "{error}");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_table_is_read(table in garbled(vec![TABLE.to_vec()])) {
+            for (_, path) in listening_paths(&table) {
+                assert!(path.starts_with(b"/"));
+            }
+        }
     }
 }

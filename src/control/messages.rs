@@ -463,6 +463,7 @@ pub struct LastUpgrade {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::garbled::garbled;
 
     #[test]
     fn requests_read_as_the_page_says() {
@@ -489,5 +490,22 @@ mod tests {
         assert_eq!(text, wanted);
         let result = serde_json::to_string(&Event::Result(ResultEvent::new(Outcome::RolledBack, "m"))).unwrap();
         assert_eq!(result, r#"{"event":"result","result":"rolled-back","message":"m"}"#);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn garbled_requests_do_no_harm(line in garbled(requests())) {
+            if let Ok(request) = serde_json::from_slice::<Request>(&line) {
+                let again = serde_json::to_vec(&request).unwrap();
+                assert!(serde_json::from_slice::<Request>(&again).is_ok());
+            }
+        }
+    }
+
+    fn requests() -> Vec<Vec<u8>> {
+        let upgrade = r#"{"request":"upgrade","exe":"/srv/app","args":["a"],"env":{"A":"b"},"cwd":"/","trial_ms":5}"#;
+        let stop = r#"{"request":"stop","drain_timeout_ms":250}"#;
+        let others = [r#"{"request":"scale","workers":4}"#, r#"{"request":"take-over"}"#, r#"{"request":"status"}"#];
+        [upgrade, stop].into_iter().chain(others).map(|text| text.as_bytes().to_vec()).collect()
     }
 }

@@ -43,6 +43,7 @@ pub(super) fn bind(wanted: &Wanted<'_>) -> Result<Bound, Error> {
         socket.set_nonblocking(true)?;
         if let WantedOptions::Tcp(options) = &wanted.options {
             socket.set_reuse_address(options.reuse_address)?;
+            socket.set_tcp_nodelay(options.nodelay)?;
             if let (Some(only_v6), Domain::IPV6) = (options.only_v6, domain) {
                 socket.set_only_v6(only_v6)?;
             }

@@ -10,11 +10,12 @@ pub struct TcpOptions {
     pub(crate) backlog: u32,
     pub(crate) reuse_address: bool,
     pub(crate) only_v6: Option<bool>,
+    pub(crate) nodelay: bool,
 }
 
 impl Default for TcpOptions {
     fn default() -> Self {
-        Self { backlog: BACKLOG, reuse_address: true, only_v6: None }
+        Self { backlog: BACKLOG, reuse_address: true, only_v6: None, nodelay: true }
     }
 }
 
@@ -39,6 +40,15 @@ impl TcpOptions {
     #[must_use]
     pub fn only_v6(mut self, on: bool) -> Self {
         self.only_v6 = Some(on);
+        self
+    }
+
+    /// `TCP_NODELAY` of the connections, on by default: what is written is sent at once. The listener has it, and Linux
+    /// gives it to each connection, so no accept costs more. A new build may change it: it is applied to the kept socket
+    /// at commit, for connections that come later. Not to a socket from a service manager (`NoDelay=`).
+    #[must_use]
+    pub fn nodelay(mut self, on: bool) -> Self {
+        self.nodelay = on;
         self
     }
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::garbled::garbled;
 
 fn offer() -> Offer {
     Offer {
@@ -178,4 +179,18 @@ fn the_versions_of_an_offer_are_read_whatever_else_it_says() {
     let header = Header { kind: 1, body_bytes: body.len(), fds: 3 };
     assert_eq!(header.offered_versions(body), Some(Versions { min: 7, max: 9 }));
     assert_eq!(Header { kind: 2, ..header }.offered_versions(body), None);
+}
+
+proptest::proptest! {
+    /// Whatever arrives is read or refused, and what is read is what was written.
+    #[test]
+    fn garbled_frames_do_no_harm(bytes in garbled(every_message().iter().map(|message| message.encode().unwrap()).collect())) {
+        let Some((header, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else { return Ok(()) };
+        let Ok(header) = Header::decode(*header) else { return Ok(()) };
+        assert!(header.body_bytes <= BODY_BYTES_MAX && header.fds <= FDS_MAX);
+        let _ = header.offered_versions(body);
+        if let Ok(message) = Message::decode(header, body) {
+            assert_eq!(decode(&message.encode().unwrap()), Ok(message));
+        }
+    }
 }

@@ -87,4 +87,13 @@ mod tests {
         assert!(read("127.0.0.1:99999").unwrap_err().contains("is no address"));
         assert!(read("unix:").unwrap_err().contains("missing"));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_address_is_read_or_refused(text in "([a-z]{0,4}=)?(tcp:|udp:|unix:)?[@/:0-9\\[\\]]{0,12}") {
+            if let Ok(listen) = text.parse::<Listen>() {
+                assert!(listen.name.as_deref().is_none_or(name_is_valid));
+            }
+        }
+    }
 }

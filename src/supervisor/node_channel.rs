@@ -86,4 +86,15 @@ mod tests {
         assert!(ours.read().is_empty() && ours.fd().is_none());
         assert!(ours.send("x").is_err());
     }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_a_program_writes_is_read(text in proptest::collection::vec(proptest::num::u8::ANY, 0..2000)) {
+            let (mut ours, mut theirs) = NodeChannel::pair().unwrap();
+            theirs.write_all(&text).unwrap();
+            ours.read();
+            theirs.write_all(b"\n\"ready\"\n").unwrap();
+            assert_eq!(ours.read().last(), Some(&Value::from("ready")));
+        }
+    }
 }

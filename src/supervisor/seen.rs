@@ -139,6 +139,7 @@ fn memory(pid: Pid, address: u64, length: usize) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::garbled::garbled;
     use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
     use nix::sys::select::{FdSet, select};
     use std::net::{TcpListener, UdpSocket};
@@ -203,5 +204,19 @@ mod tests {
             is_seen(inode(&socket));
             socket.send_to(b"x", socket.local_addr().unwrap()).unwrap();
         });
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_of_proc_is_read(
+            set in garbled(vec![b"tfd:        5 events:       19 data:  5  pos:0 ino:1a2b sdev:8\n".to_vec()]),
+            call in garbled(vec![b"232 0x4 0x7ffd 0x400 0xffffffff 0x0 0x8 0x7ffe 0x7fff\n".to_vec()])
+        ) {
+            let _ = in_epoll_set(&String::from_utf8_lossy(&set)).count();
+            if let Some(call) = system_call(&String::from_utf8_lossy(&call)) {
+                // Of this process, so that its memory may be read, wherever that is.
+                let _ = fds_waited_for(&call, Pid::this());
+            }
+        }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -94,45 +96,45 @@ pub(crate) fn replace_stderr(fd: BorrowedFd<'_>) -> io::Result<()> {
 
 /// The open connections of this process, by fd number, so that what is left at the drain deadline can be cut.
 ///
-/// A table of numbers instead of duplicated fds: a duplicate for each connection would halve the fd limit.
+/// A table of numbers instead of duplicated fds: a duplicate for each connection would halve the fd limit. It grows by
+/// segments, each twice as large as the one before, so that a place never moves and nothing needs a lock.
 #[derive(Default)]
 pub(crate) struct FdTable {
-    open: Vec<bool>,
-    count: usize,
+    segments: [OnceLock<Box<[AtomicBool]>>; 22],
 }
 
+/// Places in the first segment; 22 of them, doubling, hold every fd number that there is.
+const FIRST_SEGMENT: usize = 1024;
+
 impl FdTable {
-    /// Enters a connection. Its owner must [`remove`](Self::remove) it before closing the fd.
-    pub(crate) fn insert(&mut self, fd: BorrowedFd<'_>) -> usize {
-        let number = usize::try_from(fd.as_raw_fd()).unwrap_or_default();
-        if self.open.len() <= number {
-            self.open.resize((number + 1).next_power_of_two(), false);
-        }
-        self.open[number] = true;
-        self.count += 1;
-        number
+    /// Enters a connection. Its owner clears the place that is returned before it closes the fd.
+    pub(crate) fn enter(&self, fd: BorrowedFd<'_>) -> &AtomicBool {
+        let place = self.place(usize::try_from(fd.as_raw_fd()).unwrap_or_default());
+        place.store(true, Ordering::Release);
+        place
     }
 
-    pub(crate) fn remove(&mut self, number: usize) {
-        if let Some(open) = self.open.get_mut(number) {
-            self.count -= usize::from(*open);
-            *open = false;
-        }
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.count
+    fn place(&self, number: usize) -> &AtomicBool {
+        let index = (number / FIRST_SEGMENT + 1).ilog2() as usize;
+        let size = FIRST_SEGMENT << index;
+        let segment = self.segments[index].get_or_init(|| (0..size).map(|_| AtomicBool::new(false)).collect());
+        &segment[number - (size - FIRST_SEGMENT)]
     }
 
     /// Calls `f` on every connection in the table.
     pub(crate) fn for_each(&self, mut f: impl FnMut(BorrowedFd<'_>)) {
-        for (number, _) in self.open.iter().enumerate().filter(|(_, open)| **open) {
-            let Ok(number) = RawFd::try_from(number) else { continue };
-            // SAFETY: a number is in the table from when a `Connection` takes its stream until that connection is
-            // dropped; its guard is its first field, so it leaves the table before the stream closes the fd. Both, and
-            // this call, hold the lock around the table, and a connection never gives its stream away mutably.
-            let fd = unsafe { BorrowedFd::borrow_raw(number) };
-            f(fd.as_fd());
+        for segment in self.segments.iter().filter_map(OnceLock::get) {
+            // As many places come before a segment as it has itself, less those of the first.
+            let numbers = (segment.len() - FIRST_SEGMENT)..;
+            for (number, _) in numbers.zip(segment).filter(|(_, place)| place.load(Ordering::Acquire)) {
+                let Ok(number) = RawFd::try_from(number) else { continue };
+                // SAFETY: a number is in the table from when a `Connection` takes its stream until that connection is
+                // dropped; its guard is its first field, so it leaves the table before the stream closes the fd, and a
+                // connection never gives its stream away mutably. One that leaves while this runs waits for its end
+                // (`Connections::cut`) before it goes on to close the fd.
+                let fd = unsafe { BorrowedFd::borrow_raw(number) };
+                f(fd.as_fd());
+            }
         }
     }
 }
@@ -150,17 +152,33 @@ mod tests {
     }
 
     #[test]
-    fn the_table_counts_what_is_in_it() {
+    fn the_table_knows_what_is_in_it() {
         let (a, b) = UnixStream::pair().unwrap();
-        let mut table = FdTable::default();
-        let (a_key, b_key) = (table.insert(a.as_fd()), table.insert(b.as_fd()));
-        assert_eq!(table.len(), 2);
-        table.remove(a_key);
-        table.remove(a_key);
-        assert_eq!(table.len(), 1);
+        let far = dup_at_least(a.as_fd(), 5000).unwrap();
+        let table = FdTable::default();
+        let places = [a.as_fd(), b.as_fd(), far.as_fd()].map(|fd| table.enter(fd));
+        places[0].store(false, Ordering::Relaxed);
         let mut seen = Vec::new();
-        table.for_each(|fd| seen.push(usize::try_from(fd.as_raw_fd()).unwrap()));
-        assert_eq!(seen, [b_key]);
+        table.for_each(|fd| seen.push(fd.as_raw_fd()));
+        assert_eq!(seen, [b.as_raw_fd(), far.as_raw_fd()]);
+    }
+
+    #[test]
+    fn every_number_has_a_place_of_its_own() {
+        let table = FdTable::default();
+        for number in (0..10_000).rev() {
+            assert!(!table.place(number).swap(true, Ordering::Relaxed), "{number}");
+        }
+        let mut seen = 0;
+        table.for_each(|fd| {
+            assert_eq!(fd.as_raw_fd(), seen);
+            seen += 1;
+        });
+        assert_eq!(seen, 10_000);
+        assert_eq!(
+            (usize::try_from(RawFd::MAX).unwrap() / FIRST_SEGMENT + 1).ilog2() as usize,
+            table.segments.len() - 1
+        );
     }
 
     #[test]

@@ -37,6 +37,7 @@ fn activated_by_name_and_upgraded() {
         assert_eq!(server.serving().listeners[0].cookie, cookie);
         assert_eq!(server.answerer().generation, generation);
         assert_eq!(server.get("/env/LISTEN_FDS"), "");
+        assert_eq!(server.get("/nodelay"), "Ok(false)", "as the manager has left it");
     }
 }
 

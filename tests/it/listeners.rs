@@ -165,6 +165,22 @@ fn v6_only_takes_no_v4() {
 }
 
 #[test]
+fn connections_have_tcp_nodelay_as_the_build_asks() {
+    let server = Server::http();
+    assert_eq!(server.get("/nodelay"), "Ok(true)");
+    server.upgrade(&[]).exits_with(0);
+    assert_eq!((server.answerer().generation, server.get("/nodelay").as_str()), (2, "Ok(true)"));
+    for (generation, on) in [(3, false), (4, true)] {
+        let asked = format!("http=127.0.0.1:0,nodelay={on}");
+        server
+            .upgrade(&["--wait", "drained", "--", "--trial", "50ms", "--tcp", &asked])
+            .exits_with(0)
+            .says("keeps http");
+        assert_eq!((server.answerer().generation, server.get("/nodelay")), (generation, format!("Ok({on})")));
+    }
+}
+
+#[test]
 fn a_listener_that_is_not_wanted_is_closed() {
     let server = Server::start(&["--tcp", "http=127.0.0.1:0", "--tcp", "admin=127.77.0.1:0"]);
     let admin: SocketAddr = server.address_of("admin").parse().unwrap();

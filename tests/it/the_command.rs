@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::client::ask;
@@ -218,6 +220,20 @@ fn ps() {
     let run = handover(&["ps", "--json"]).exits_with(0);
     let pids: Vec<Value> = run.json().into_iter().map(|line| line["pid"].clone()).collect();
     assert!(pids.contains(&one.pid().into()) && pids.contains(&two.pid().into()), "{pids:?}");
+}
+
+/// Its row stays as narrow as the others', and why is said below.
+#[test]
+fn ps_with_a_process_that_does_not_answer() {
+    let server = Server::http();
+    let pid = server.pid();
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
+    let run = handover(&["ps"]).exits_with(0);
+    kill(Pid::from_raw(pid), Signal::SIGCONT).unwrap();
+    let row = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let pid = pid.to_string();
+    assert!(run.stdout.lines().any(|line| row(line) == [pid.as_str(), "?", "?"]), "{run:?}");
+    assert!(run.stdout.lines().any(|line| line.starts_with(&format!("cannot ask process {pid}: "))), "{run:?}");
 }
 
 #[test]

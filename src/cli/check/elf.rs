@@ -121,6 +121,7 @@ fn architecture(machine: u64, wide: bool) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::io::Read;
 
     use super::*;
 
@@ -170,5 +171,19 @@ mod tests {
         written("garbage", &bytes);
         bytes[4] = 1;
         written("garbage32", &bytes);
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::test_runner::Config::with_cases(64))]
+        /// Any of the numbers in its header may be wrong.
+        #[test]
+        fn a_garbled_header_does_no_harm(
+            changes in proptest::collection::vec((4..64_usize, proptest::num::u8::ANY), 1..6), id in 0..u32::MAX
+        ) {
+            let mut start = [0; 4096];
+            File::open(std::env::current_exe().unwrap()).unwrap().read_exact(&mut start).unwrap();
+            changes.iter().for_each(|(place, byte)| start[*place] = *byte);
+            written(&format!("garbled-{id}"), &start);
+        }
     }
 }

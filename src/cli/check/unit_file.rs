@@ -121,6 +121,7 @@ pub(super) fn time_span(text: &str) -> Option<Option<Duration>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::check::exec_line::ExecLine;
 
     #[test]
     fn settings_are_those_of_the_service_and_an_empty_one_resets() {
@@ -155,5 +156,18 @@ mod tests {
         let seconds = |number| Some(Some(Duration::from_secs(number)));
         assert_eq!((time_span("1min 30s"), time_span("20"), time_span("0")), (seconds(90), seconds(20), seconds(0)));
         assert_eq!((time_span("infinity"), time_span("soon")), (Some(None), None));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_read(text in "(\\[Service\\]|ExecStart|[=\\\\;# \n@{}a-z/%$\"'-]){0,80}") {
+            let mut unit = UnitFile::default();
+            unit.parse(&text);
+            let _ = time_span(&text);
+            let lines = unit.all("ExecStart").iter().map(String::as_str).chain([text.as_str()]);
+            lines.for_each(|line| {
+                let _ = (ExecLine::of_file(line), ExecLine::of_property(line));
+            });
+        }
     }
 }

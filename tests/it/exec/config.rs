@@ -46,6 +46,9 @@ fn what_is_wrong_with_a_file_is_told() {
     let mut command = home.command(HANDOVER);
     command.args(["exec", "--config=/no/such/file"]);
     run(command).exits_with(2).complains("/no/such/file: cannot read it: No such file");
+    let mut command = home.command(HANDOVER);
+    command.args(["exec", "--config=/dev/zero"]);
+    run(command).exits_with(2).complains("/dev/zero: cannot read it: it has more than 1048576 bytes");
     // What clap says of a value stands for the file, too.
     let file = home.file("web.toml", b"ready-timeout = \"5\"", 0o644);
     let mut command = home.command(HANDOVER);
