@@ -68,7 +68,7 @@ fn upgrades_lose_nothing_and_go_by_the_protocol() {
     // Also the one that is started after a crash.
     let worker = supervised.server.status(supervised.pid).workers[0].pid.unwrap();
     supervised.server.signal(worker, Signal::SIGKILL);
-    supervised.server.wait_for_end(worker);
+    eventually("another in its place", || (!supervised.server.worker_pids().contains(&worker)).then_some(()));
     assert_eq!(supervised.answering_generation(), 4);
     supervised.server.assert_supervises(2);
 }
