@@ -1,28 +1,33 @@
 #!/usr/bin/env bash
 # Measures, and prints what docs/benchmarks.md shows. Nothing passes or fails on time.
 #
-# Usage: scripts/bench.sh [upgrade] [accept] [http] [peers]
+# Usage: scripts/bench.sh [upgrade] [accept] [http] [peers] [exec]
 #
 #   upgrade   from the trigger until the new build accepts, with 1 to 10,000 listeners and up to 8 GiB of memory
 #   accept    what the gate and the counting of connections cost
 #   http      10,000 idle connections, and the latency around an upgrade
 #   peers     the same load on nginx and HAProxy, where they are installed
+#   exec      `handover exec` beside pm2, which npm gets, and start_server, where it is installed (apt install
+#             libserver-starter-perl); the memory of the supervisor
 #
-# All of them unless some are named: some eight minutes, on a machine that has nothing else to do.
+# All of them unless some are named: some ten minutes, on a machine that has nothing else to do.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
 benches=()
 for argument in "$@"; do
     case $argument in
-        upgrade | accept | http | peers) benches+=("$argument") ;;
+        upgrade | accept | http | peers | exec) benches+=("$argument") ;;
         -h | --help) help ;;
         *) misused "unknown argument \`$argument\`" ;;
     esac
 done
-((${#benches[@]})) || benches=(upgrade accept http peers)
+((${#benches[@]})) || benches=(upgrade accept http peers exec)
 
 build --quiet
+if [[ " ${benches[*]} " == *" exec "* ]]; then
+    npm install --prefix "$(target_directory)/programs" --no-audit --no-fund --loglevel error pm2@7.0.4 >/dev/null || true
+fi
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo 'no repository')
 read -r load _ </proc/loadavg
 printf '%s, %s cores (%s), Linux %s, commit %s, load %s before the start\n\n' \

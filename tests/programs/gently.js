@@ -1,5 +1,5 @@
-// Ends an HTTP server of Node's without losing a request on a kept connection; `server.close()` ends idle ones at once, with
-// the next request perhaps on its way. Works for whatever is built on `http`, Express among it.
+// Ends an HTTP server of Node's without losing a request on a kept connection; `server.close()` ends idle ones at once,
+// with the next request perhaps on its way. Works for whatever is built on `http`, Express among it.
 'use strict';
 const net = require('net');
 

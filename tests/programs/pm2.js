@@ -1,4 +1,5 @@
-// Written for pm2, with `wait_ready` and `shutdown_with_message`: it says when it can serve, and is told to stop by message.
+// Written for pm2, with `wait_ready` and `shutdown_with_message`: it says when it can serve, and is told to stop by
+// message.
 'use strict';
 const server = require('http').createServer((request, response) => {
   const slow = /^\/slow\/([\d.]+)/.exec(request.url);

@@ -50,8 +50,8 @@ func main() {
 	go server.Serve(listener)
 	<-stop
 	if os.Args[1] == "announces" {
-		// Nothing new is accepted, and the next answer on each kept connection is its last. (SetKeepAlivesEnabled(false) would
-		// close the idle ones at once, as Shutdown does.)
+		// Nothing new is accepted, and the next answer on each kept connection is its last.
+		// (SetKeepAlivesEnabled(false) would close the idle ones at once, as Shutdown does.)
 		draining.Store(true)
 		listener.Close()
 		time.Sleep(linger)

@@ -1,5 +1,5 @@
-"""pm2's ways, and that of Node's cluster, on the same programs: restart, reload (test_programs.py), gracefulReload, SIGUSR2; and
-what pm2 gets wrong."""
+"""pm2's ways, and that of Node's cluster, on the same programs: restart, reload (test_programs.py), gracefulReload,
+SIGUSR2; and what pm2 gets wrong."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Real programs under `handover exec`, replaced under load. New connections are never lost; kept ones only if the program
-loses them itself, and then test_kept.py has it."""
+"""Real programs under `handover exec`, replaced under load. New connections are never lost; kept ones only if the
+program loses them itself, and then test_kept.py has it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import unittest
 from typing import Any, Dict
 
+import connections
 from lab import HERE, Supervised, built, needs, program
 
 UPGRADES = int(os.environ.get("HANDOVER_UPGRADES", "20"))
@@ -23,12 +24,16 @@ GUNICORN = [
 class Programs(unittest.TestCase):
     maxDiff = None
 
+    def sets_non_blocking(self, service: Supervised) -> None:
+        """As docs/exec.md says of this program; one that does not hangs in `accept` when another process was faster."""
+        self.assertTrue(connections.listens_non_blocking(service.process.pid))
+
     def loses_nothing(self, service: Supervised, *load: str) -> Dict[str, Any]:
         cookie = service.status()["listeners"][0]["cookie"]
         oracle = service.oracle(*load)
         for _ in range(UPGRADES):
             service.upgrade()
-        # Under load to the end: one that hangs in a blocking `accept` when it is told to stop needs a connection to notice.
+        # Under load to the end: one that blocks in `accept` when it is told to stop needs a connection to notice.
         service.wait_until_drained()
         report = oracle.stop()
         self.assertEqual(report["failed"], 0, report)
@@ -39,6 +44,7 @@ class Programs(unittest.TestCase):
 
     def test_node(self) -> None:
         service = Supervised(self, ["--workers", "2"], "node", program("app.js"))
+        self.sets_non_blocking(service)
         self.loses_nothing(service, *NEW, *KEPT, *SLOW)
 
     def test_node_that_closes_kept_connections(self) -> None:
@@ -60,6 +66,7 @@ class Programs(unittest.TestCase):
     @needs(built("served"))
     def test_go(self) -> None:
         service = Supervised(self, ["--workers", "2"], built("served"), "announces")
+        self.sets_non_blocking(service)
         self.loses_nothing(service, *NEW, *KEPT, *SLOW)
 
     @needs(built("served"))
@@ -70,6 +77,7 @@ class Programs(unittest.TestCase):
     @needs(built("gunicorn/bin/gunicorn"))
     def test_gunicorn(self) -> None:
         service = Supervised(self, [], *GUNICORN)
+        self.sets_non_blocking(service)
         self.loses_nothing(service, *NEW, *SLOW)
 
     def test_python_s_http_server(self) -> None:
@@ -82,7 +90,7 @@ class Programs(unittest.TestCase):
 
     @needs("nginx")
     def test_nginx(self) -> None:
-        service = Supervised(self, ["--stop-signal", "QUIT"], program("nginx.sh"), "@DIR@")
+        service = Supervised(self, ["--stop-signal", "QUIT", "--non-blocking"], program("nginx.sh"), "@DIR@")
         self.loses_nothing(service, *NEW)
 
     @needs("haproxy")
