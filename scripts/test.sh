@@ -7,7 +7,9 @@
 #   unit     the library's own tests and the examples in its documentation
 #   it       tests with real processes
 #   python   the protocol, played from each side by Python as docs/protocol.md tells it
-#   programs real programs under `handover exec`, in Node, Python and Perl, and nginx and HAProxy where they are installed
+#   programs real programs under `handover exec`: in Node (Express, and as for pm2), Python (gunicorn), Go and Perl, and nginx
+#            and HAProxy where they are installed. HANDOVER_UPGRADES=N of each [20], HANDOVER_LONG_ROUNDS=N of requests
+#            of 15 s [1]
 #   systemd  scripts/systemd-test.sh: the servers under a real systemd, in namespaces of its own
 #   demo     scripts/demo.sh
 #   load     scripts/load.sh: 50 upgrades under load, in a network namespace of its own
@@ -35,9 +37,9 @@ needs() {
         shell) echo shellcheck:shellcheck ;;
         python) echo python3:python3 ;;
         programs)
-            echo python3:python3 node:nodejs perl:perl
-            # Elsewhere they are not installed, since that starts them.
-            [[ ${CI:-} != true ]] || echo nginx:nginx-light haproxy:haproxy
+            echo python3:python3-venv node:nodejs perl:perl
+            # Elsewhere the servers are not installed, since that starts them.
+            [[ ${CI:-} != true ]] || echo npm:npm go:golang-go nginx:nginx-light haproxy:haproxy
             ;;
         systemd) echo systemctl:systemd python3:python3 unshare:util-linux findmnt:util-linux ;;
         load) echo wrk:wrk h2load:nghttp2-client ip:iproute2 unshare:util-linux ;;
@@ -48,6 +50,7 @@ needs() {
 wants() {
     case $1 in
         it) echo zsh:zsh fish:fish ;;
+        programs) echo npm:npm go:golang-go ;;
     esac
 }
 
@@ -86,6 +89,17 @@ leave_out() {
     left_out+=("$1: $2")
 }
 
+# Into $programs what the programs need beside the packages of the system. Without network the tests of those that are not
+# there say so; in CI they fail.
+get_programs() {
+    programs="$(target_directory)/programs"
+    mkdir -p "$programs"
+    CGO_ENABLED=0 go build -o "$programs/served" tests/programs/served.go || true
+    { python3 -m venv "$programs/gunicorn" &&
+        "$programs/gunicorn/bin/pip" install --quiet --disable-pip-version-check gunicorn==27.0.1; } || true
+    npm install --prefix "$programs" --no-audit --no-fund --loglevel error express@5.3.0 || true
+}
+
 run() {
     case $1 in
         shell) shellcheck .ci/run scripts/*.sh ;;
@@ -105,7 +119,9 @@ run() {
             ;;
         programs)
             cargo build --all-features --examples --bins
-            HANDOVER_BIN="$(target_directory)/debug" python3 -m unittest discover --verbose tests/programs
+            get_programs
+            PYTHONDONTWRITEBYTECODE=1 HANDOVER_PROGRAMS=$programs HANDOVER_BIN="$(target_directory)/debug" \
+                python3 -m unittest discover --verbose tests/programs
             ;;
         systemd) scripts/systemd-test.sh ;;
         demo) scripts/demo.sh --upgrades 3 ;;
