@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+import unittest
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 LAB = os.environ["HANDOVER_LAB"]
@@ -201,7 +202,7 @@ systemctl start ssh.service
     def linked(self) -> str:
         return os.path.basename(self.inside("readlink", "/srv/app/current").stdout.strip())
 
-    def stop_network(self, up: bool) -> None:
+    def connect(self, up: bool) -> None:
         run("ip", "link", "set", f"to-{self.name}", "up" if up else "down")
 
 
@@ -210,12 +211,17 @@ class Fleet:
 
     def __init__(self, count: int) -> None:
         network()
-        self.machines = [Machine(number) for number in range(1, count + 1)]
-        for machine in self.machines:
-            machine.provision()
-        self._write_inventory()
+        self.machines: List[Machine] = []
+        self.grow(count)
         self.haproxy = Haproxy(self.machines)
         self.nginx = Nginx(self.machines)
+
+    def grow(self, count: int) -> None:
+        new = [Machine(number) for number in range(len(self.machines) + 1, count + 1)]
+        for machine in new:
+            machine.provision()
+        self.machines += new
+        self._write_inventory()
 
     def _write_inventory(self) -> None:
         write(f"{LAB}/known_hosts", "".join(f"{one.address} {one.host_key}\n" for one in self.machines))
@@ -434,3 +440,25 @@ def fleet(count: int = 4) -> Fleet:
     made = Fleet(count)
     atexit.register(made.end)
     return made
+
+
+class Case(unittest.TestCase):
+    maxDiff = None
+
+    def setUp(self) -> None:
+        self.fleet = fleet()
+
+    def load(self, **options: int) -> Load:
+        load = Load(self.fleet, **options)
+        self.addCleanup(load.kill)
+        return load
+
+    def nothing_lost(self, load: Load) -> None:
+        """Neither by the clients' count nor by the balancers', which have not even had to try again."""
+        reports, counted = load.end()
+        for name, report in reports.items():
+            self.assertEqual(report["failed"], 0, (name, report["outcomes"], report["failures"][:5]))
+            counts = counted[name]
+            self.assertGreater(counts.pop("requests"), 100)
+            self.assertEqual(set(counts.values()), {0}, (name, counts))
+            print(f"\n{name}: {report['requests']} requests, none lost", end=" ")

@@ -60,6 +60,7 @@ waited:
   type: float
 """
 
+import contextlib
 import csv
 import os
 import re
@@ -119,15 +120,18 @@ class Nginx:
 
     def workers(self):
         """Without those that are shutting down."""
+        titles = {pid: title_of(pid) for pid in self.children()}
+        return {pid for pid, title in titles.items()
+                if title.startswith("nginx: worker process") and "is shutting down" not in title}
+
+    def children(self):
         try:
             with open(self.pid_file, encoding="ascii") as file:
                 master = file.read().strip()
             with open(f"/proc/{master}/task/{master}/children", encoding="ascii") as file:
-                children = file.read().split()
+                return file.read().split()
         except OSError as error:
             raise Trouble(f"cannot find nginx by {self.pid_file}: {error.strerror} (is it running?)") from error
-        return {child for child in children if title_of(child).startswith("nginx: worker process")
-                and "is shutting down" not in title_of(child)}
 
     def write(self, text):
         beside = f"{self.file}.{os.getpid()}"
@@ -146,9 +150,10 @@ class Nginx:
             raise Trouble(f"{' '.join([*self.command, *options])}: {done.stdout.strip()}")
 
     def in_flight(self):
-        """Workers of before the reload finish what they have, so this is of the kernel."""
+        """Workers of before the reload finish what they have; only the kernel knows with which server."""
         address, _, port = self.server.rpartition(":")
-        return sum(connections_to(address.strip("[]"), int(port)))
+        own = {inode for child in self.children() for inode in sockets_of(child)}
+        return len(own.intersection(connections_to(address.strip("[]"), int(port))))
 
 
 class Haproxy:
@@ -203,8 +208,15 @@ def title_of(pid):
         return ""
 
 
+def sockets_of(pid):
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                yield os.readlink(f"/proc/{pid}/fd/{fd}")
+
+
 def connections_to(address, port):
-    """One for each open connection from this machine to that address."""
+    """The sockets that are connected to it from this machine, as they are called in /proc."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     numbers = socket.inet_pton(family, address)
     words = [numbers[at:at + 4] for at in range(0, len(numbers), 4)]
@@ -214,7 +226,7 @@ def connections_to(address, port):
         for line in table:
             fields = line.split()
             if fields[2] == wanted and fields[3] == ESTABLISHED:
-                yield 1
+                yield f"socket:[{fields[9]}]"
 
 
 def wait_until_empty(balancer, seconds):
