@@ -29,8 +29,8 @@ def main() -> None:
         staged, _ = measured(fleet, fleet.build(f"batches-{count}"))
         single, _ = measured(fleet, fleet.build(f"single-{count}"), serial="1")
         nothing, processor = measured(fleet, f"single-{count}")
-        print(f"{count:8}  {staged.seconds:5.1f} s  {single.seconds:17.1f} s  {nothing.seconds:11.1f} s  {processor:7.1f} s",
-              flush=True)
+        times = f"{staged.seconds:5.1f} s  {single.seconds:17.1f} s  {nothing.seconds:11.1f} s"
+        print(f"{count:8}  {times}  {processor:7.1f} s", flush=True)
     fleet.end()
 
 

@@ -6,7 +6,8 @@ import os
 import signal
 import unittest
 
-from lab import Case, wait_for
+from base import wait_for
+from lab import Case
 
 BAD = "echo cannot reach the database >&2; exit 1"
 
@@ -105,6 +106,14 @@ class Upgrade(Case):
         self.assertEqual(played.code, 2, played.text)
         self.assertIn("give this release another name", played.text)
         self.assertEqual(self.fleet.machines[0].release(), release)
+
+    def test_a_service_of_which_two_must_never_run_at_once_is_restarted(self) -> None:
+        release = self.fleet.build("restarted")
+        played = self.fleet.play("rollout", "--limit", "web1", release=release, how="restart")
+        self.assertEqual(played.code, 0, played.text)
+        status = self.fleet.machines[0].status()
+        self.assertEqual((self.fleet.machines[0].release(), status["draining"]), (release, []))
+        self.assertIn("restarted", status["last_upgrade"]["message"])
 
 
 if __name__ == "__main__":

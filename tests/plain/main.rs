@@ -215,6 +215,7 @@ fn body(path: &str) -> String {
         }
         "env" => env::var(rest).unwrap_or_default(),
         "args" => env::args().skip(1).collect::<Vec<_>>().join(" "),
+        "cwd" => env::current_dir().unwrap_or_default().display().to_string(),
         "exe" => fs::read_link("/proc/self/exe").unwrap_or_default().display().to_string(),
         "ids" => format!("{} {}", nix::unistd::getuid(), nix::unistd::getgid()),
         "child" => std::process::Command::new("sleep").arg("600").spawn().unwrap().id().to_string(),

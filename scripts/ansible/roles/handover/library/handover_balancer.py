@@ -7,7 +7,7 @@ DOCUMENTATION = r"""
 module: handover_balancer
 short_description: Take a server out of a load balancer, or put it back
 description:
-  - Runs on the balancer. For nginx it marks the server C(down) in a file and reloads, for HAProxy it asks the runtime socket.
+  - Runs on the balancer. For nginx it marks the server C(down) in a file and reloads; HAProxy is asked by its socket.
   - An upgrade in place needs none of it. It is for what needs an empty machine, such as a reboot.
 options:
   kind:

@@ -24,8 +24,8 @@ options:
     required: true
   program:
     description:
-      - The program, seen from the release. Empty if the service is started as C(interpreter script) with C(current) as its
-        working directory; then that directory tells which release serves.
+      - The program, seen from the release. Empty if the service is C(interpreter script); then C(current) is made its
+        working directory, and that tells which release serves.
     type: str
     default: ''
   pid_file:
@@ -193,8 +193,8 @@ class Releases:
     def served_from(self, status):
         if self.program:
             return os.path.realpath(status["build"]["path"])
-        workers = status.get("workers") or [status]
-        return os.path.realpath(f"/proc/{max(worker.get('pid', 0) for worker in workers)}/cwd")
+        newest = max(status.get("workers") or [status], key=lambda process: process["generation"])
+        return os.path.realpath(f"/proc/{newest.get('pid')}/cwd")
 
     def runs_in(self, status):
         """Whether the release is what serves, and not only what the link says."""
@@ -263,7 +263,7 @@ def replace(service, releases, parameters):
         events = service.replace(parameters["how"], parameters["options"], parameters["busy_timeout"])
         status = service.status()
         if not releases.runs_in(status):
-            raise Trouble(f"the service has been replaced, but by {status['build']['path']}: "
+            raise Trouble(f"the service has been replaced, but by {releases.served_from(status)}: "
                           f"it is not started through {releases.link}")
         prove_health(parameters["health"], parameters["health_timeout"])
         return status, events
@@ -315,6 +315,9 @@ def main():
     parameters = module.params
     service = Service(parameters)
     releases = Releases(parameters["root"], parameters["release"], parameters["program"])
+    if not parameters["program"]:
+        # Whoever started the service may have resolved the link.
+        parameters["options"] = ["--cwd", releases.link, *parameters["options"]]
     try:
         if module.check_mode:
             act(module, service, releases)

@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Makes a release of an artifact: a directory that is never changed again, and that is there as a whole or not at all."""
+"""Makes a release of an artifact: a directory that is there as a whole or not at all, and is never changed again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ options:
   program:
     description: The name of a program that is no archive, seen from the release.
     type: str
-    default: server
+    default: ''
 author: handover
 """
 
@@ -96,6 +96,8 @@ def make(directory, parameters):
             # Python before 3.12, or without the fix of its older versions, knows of no filter.
             kept = {"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}
             archive.extractall(partial, **kept)
+    elif not parameters["program"]:
+        raise Trouble("the artifact is no tar archive, and no program was named for what it is (`handover_program`)")
     else:
         program = os.path.join(partial, parameters["program"])
         os.makedirs(os.path.dirname(program), 0o755, exist_ok=True)
@@ -116,7 +118,7 @@ def main():
             "release": {"type": "str", "required": True},
             "checksum": {"type": "str", "required": True},
             "artifact": {"type": "path"},
-            "program": {"type": "str", "default": "server"},
+            "program": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
