@@ -23,14 +23,14 @@ def measured(fleet: Fleet, release: str, **variables: str) -> "tuple[Played, flo
 def main() -> None:
     counts = sorted(int(count) for count in sys.argv[1:]) or [2, 4, 8, 16]
     fleet = Fleet(counts[0])
-    print("machines  batches  one after the other  nothing to do  of which the controller's processor", flush=True)
+    print("machines  batches  the controller's processor  one after the other  nothing to do", flush=True)
     for count in counts:
         fleet.grow(count)
-        staged, _ = measured(fleet, fleet.build(f"batches-{count}"))
+        batches, processor = measured(fleet, fleet.build(f"batches-{count}"))
         single, _ = measured(fleet, fleet.build(f"single-{count}"), serial="1")
-        nothing, processor = measured(fleet, f"single-{count}")
-        times = f"{staged.seconds:5.1f} s  {single.seconds:17.1f} s  {nothing.seconds:11.1f} s"
-        print(f"{count:8}  {times}  {processor:7.1f} s", flush=True)
+        nothing, _ = measured(fleet, f"single-{count}")
+        print(f"{count:8}  {batches.seconds:5.1f} s  {processor:24.1f} s  {single.seconds:17.1f} s  "
+              f"{nothing.seconds:11.1f} s", flush=True)
     fleet.end()
 
 

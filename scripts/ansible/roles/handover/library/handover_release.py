@@ -93,6 +93,7 @@ stages:
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import time
 
@@ -135,7 +136,7 @@ class Service:
         asked = self.ask("status")
         if asked.returncode != 0:
             raise Trouble(f"no service to upgrade: {asked.stderr.strip()}")
-        return json.loads(asked.stdout)
+        return objects(asked.stdout)[-1]
 
     def check(self, program):
         """What is wrong with the new build, the process or the unit, before anything is changed."""
@@ -143,7 +144,7 @@ class Service:
         if self.unit:
             options += ["--unit", self.unit]
         checked = self.ask("check", *options)
-        findings = [json.loads(line) for line in checked.stdout.splitlines()]
+        findings = objects(checked.stdout)
         problems = [with_mend(finding) for finding in findings if finding.get("level") == "problem"]
         if checked.returncode != 0:
             raise Trouble("; ".join(problems) or f"handover check: {checked.stderr.strip()}")
@@ -156,7 +157,7 @@ class Service:
             if asked.returncode != BUSY or time.monotonic() > deadline:
                 break
             time.sleep(PAUSE_SECONDS)
-        events = [json.loads(line) for line in asked.stdout.splitlines()]
+        events = objects(asked.stdout)
         if asked.returncode in (0, CUT):
             return events
         result = events[-1] if events and events[-1].get("event") == "result" else {"message": asked.stderr.strip()}
@@ -214,6 +215,14 @@ def run(command, timeout):
         raise Trouble(f"cannot run {command[0]}: {error.strerror} (is it installed? see `handover_path`)") from error
 
 
+def objects(text):
+    """One a line."""
+    try:
+        return [json.loads(line) for line in text.splitlines()]
+    except ValueError as error:
+        raise Trouble(f"the command answered what this module does not understand: {text[:200]}") from error
+
+
 def with_mend(said):
     mend = said.get("mend")
     return said.get("message", "") + (f" ({mend})" if mend else "")
@@ -267,7 +276,8 @@ def replace(service, releases, parameters):
                           f"it is not started through {releases.link}")
         prove_health(parameters["health"], parameters["health_timeout"])
         return status, events
-    except Trouble as trouble:
+    except Exception as trouble:  # pylint: disable=broad-except
+        # Whatever it is, the link may not stay on a build that has not been proved.
         raise Trouble(f"{trouble}\n{put_back(service, releases, parameters, linked, before)}") from trouble
 
 
@@ -312,6 +322,8 @@ def main():
         mutually_exclusive=[("pid_file", "name", "unit")],
         required_one_of=[("pid_file", "name", "unit")],
     )
+    # What was begun is finished, also when the connection to the controller, or sudo's terminal, is gone.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     parameters = module.params
     service = Service(parameters)
     releases = Releases(parameters["root"], parameters["release"], parameters["program"])
