@@ -170,14 +170,15 @@ impl Supervisor {
     pub(super) fn look_at_replacement(&mut self) {
         let Some(replacement) = &mut self.replacement else { return };
         let verdict = match replacement.exit {
-            _ if self.machine.phase() == Phase::Draining => {
+            // Perhaps it has drained already.
+            _ if matches!(self.machine.phase(), Phase::Draining | Phase::Ended) => {
                 Err((Outcome::Ended, "this process was told to stop meanwhile".to_owned()))
             }
             None if replacement.deadline <= Instant::now() => {
-                let waited = replacement.begun.elapsed();
+                let allowed = replacement.deadline.duration_since(replacement.begun);
                 Err((
                     Outcome::Failed,
-                    format!("the new build has not said within {waited:.1?} whether it can take over"),
+                    format!("the new build has not said within {allowed:?} whether it can take over"),
                 ))
             }
             None => return,
