@@ -153,7 +153,7 @@ impl Exec {
     fn wait_until_settled(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
-            match self.control().and_then(|mut control| Ok(control.status()?)) {
+            match self.control().and_then(|control| Ok(control.status()?)) {
                 Ok(status) if status.state == State::Serving && status.draining.is_empty() => return Ok(()),
                 _ if Instant::now() > deadline => return Err("handover exec does not serve".into()),
                 _ => thread::sleep(Duration::from_millis(5)),
