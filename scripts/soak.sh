@@ -77,13 +77,23 @@ zombies() {
     echo "$count"
 }
 
+# Over a moment: the connection that asked for the status may still be open.
+fewest_fds() {
+    local n files fewest=99999
+    for ((n = 0; n < 10; n++)); do
+        files=("/proc/$1/fd"/*)
+        ((${#files[@]} >= fewest)) || fewest=${#files[@]}
+        sleep 0.02
+    done
+    echo "$fewest"
+}
+
 # Sets fds, threads, kib and zombies of the serving process.
 look() {
-    local pid files
+    local pid
     until_true 60 'older generations or connections are left a minute after the clients have gone' alone
     pid=$(<"$pid_file")
-    files=("/proc/$pid/fd"/*)
-    fds=${#files[@]}
+    fds=$(fewest_fds "$pid")
     threads=$(sed -n 's/^Threads:\s*//p' "/proc/$pid/status")
     kib=$(sed -n 's/^VmRSS:\s*\([0-9]*\).*/\1/p' "/proc/$pid/status")
     zombies=$(zombies)

@@ -3,6 +3,7 @@ SIGUSR2; and what pm2 gets wrong."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import unittest
@@ -78,17 +79,21 @@ class Pm2(unittest.TestCase):
 
     def test_restart_cuts_what_is_in_flight_and_refuses_nobody(self) -> None:
         service = Supervised(self, ["--workers", "2"], "node", program("app.js"))
-        # Kept connections have time to hear of the close; a request of 15 s has not.
         load = service.oracle(*NEW, *KEPT)
+        told = 0
         for _ in range(RESTARTS):
             long = service.in_flight(LONG_SECONDS)
-            done = service.ask("restart", "--kill-after", "2s")
+            done = service.ask("restart", "--kill-after", "2s", "--json")
             self.assertEqual(done.returncode, 0, done.stderr)
-            self.assertIn("; 2 connections were closed", done.stdout)
+            told += json.loads(done.stdout.splitlines()[-1])["cut"]
             outcomes = long.finish()["outcomes"]
             self.assertEqual(outcomes["cut"] + outcomes["reset"], 2, outcomes)
         report = load.stop()
-        self.assertEqual(report["failed"], 0, report)
+        self.assertEqual(report["outcomes"]["refused"], 0, report)
+        # The others have 2 s to be answered, and kept connections to hear of the close; if the machine is too busy for
+        # that, it is told.
+        self.assertGreaterEqual(told, 2 * RESTARTS)
+        self.assertLessEqual(report["failed"], told - 2 * RESTARTS, report)
         self.assertEqual(len(report["generations"]), RESTARTS + 1, report)
 
     def test_what_pm2_gets_wrong(self) -> None:
