@@ -3,23 +3,22 @@
 //! `cargo bench --all-features --bench peers`, after `cargo build --release --all-features --examples`.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
-use common::{Result, Samples, Scratch, heading, number, resident_kib, row};
+use common::{Result, Scratch, heading, number, row};
 use handover::control::{Client, Target, UpgradeRequest, Wait};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use oracle::{Load, Tally};
+use nix::sys::signal::Signal;
+use oracle::Tally;
+use peer::{Peer, Process, UPGRADES, free_address, measure, wait_for};
 
 mod common;
 #[path = "../tests/oracle/mod.rs"]
 mod oracle;
-
-const UPGRADES: u64 = 10;
+#[path = "common/peer.rs"]
+mod peer;
 
 fn main() -> Result<()> {
     let scratch = Scratch::new()?;
@@ -30,95 +29,26 @@ fn main() -> Result<()> {
          answered a new connection, median (and the middle half); memory of all processes at the end.\n"
     );
     heading(&["", "errors, new connections", "errors, kept connections", "trigger → serving, ms", "resident, KiB"]);
-    measure("handover (examples/axum.rs)", &Ours::start(&scratch)?)?;
-    for peer in [Nginx::start(&scratch).map(Peer::boxed), Haproxy::start(&scratch).map(Peer::boxed)] {
+    show("handover (examples/axum.rs)", &Ours::start(&scratch)?)?;
+    for (name, peer) in [
+        ("nginx, reload", Nginx::start(&scratch).map(Peer::boxed)),
+        ("HAProxy, reload", Haproxy::start(&scratch).map(Peer::boxed)),
+    ] {
         match peer {
-            Ok(peer) => measure(peer.name(), peer.as_ref())?,
-            Err(error) => println!("\nleft out: {error}\n"),
+            Ok(peer) => show(name, peer.as_ref())?,
+            Err(error) => println!("\nleft out: {name}: {error}\n"),
         }
     }
     println!();
     Ok(())
 }
 
-/// A server whose answers name their generation.
-trait Peer {
-    fn name(&self) -> &str;
-    fn address(&self) -> SocketAddr;
-    /// Pulls the trigger and returns.
-    fn replace(&self, generation: u64) -> Result<()>;
-    /// The processes that are there now.
-    fn pids(&self) -> Result<Vec<i32>>;
-
-    fn boxed<'a>(self) -> Box<dyn Peer + 'a>
-    where
-        Self: Sized + 'a,
-    {
-        Box::new(self)
-    }
-}
-
-fn measure(name: &str, peer: &dyn Peer) -> Result<()> {
-    let mut serving = Samples::default();
-    let mut generation = 1;
-    let fresh = Load::new(peer.address()).new_connections(16).rate(2_000.0);
-    let fresh = upgrade_under(fresh, peer, &mut generation, Some(&mut serving))?;
-    let kept = upgrade_under(Load::new(peer.address()).kept(16), peer, &mut generation, None)?;
-    let resident: u64 = peer.pids()?.into_iter().filter_map(|pid| resident_kib(pid).ok()).sum();
+fn show(name: &str, peer: &dyn Peer) -> Result<()> {
+    let measured = measure(peer)?;
     let errors = |tally: &Tally| format!("{} of {}", tally.failed(), tally.requests());
-    row(&[name, &errors(&fresh), &errors(&kept), &serving.show(), &number(resident as f64)]);
+    let resident = number(measured.resident_kib as f64);
+    row(&[name, &errors(&measured.fresh), &errors(&measured.kept), &measured.serving.show(), &resident]);
     Ok(())
-}
-
-fn upgrade_under(
-    load: Load,
-    peer: &dyn Peer,
-    generation: &mut u64,
-    mut serving: Option<&mut Samples>,
-) -> Result<Tally> {
-    let begun = Instant::now();
-    let running = load.start();
-    for _ in 0..UPGRADES {
-        thread::sleep(Duration::from_millis(700));
-        *generation += 1;
-        let triggered = begun.elapsed();
-        peer.replace(*generation)?;
-        running.wait_for_generation(*generation, Duration::from_secs(10)).map_err(|vain| vain.to_string())?;
-        if let (Some(serving), Some(first)) = (&mut serving, running.tally().first_answer(*generation)) {
-            serving.push(first.saturating_sub(triggered).as_secs_f64() * 1e3);
-        }
-    }
-    thread::sleep(Duration::from_millis(700));
-    Ok(running.stop())
-}
-
-/// A child that is stopped with this value.
-struct Process(Child);
-
-impl Process {
-    fn start(command: &mut Command) -> Result<Self> {
-        let program = command.get_program().to_string_lossy().into_owned();
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        Ok(Self(child.map_err(|error| format!("{program}: {error}"))?))
-    }
-
-    fn signal(&self, signal: Signal) -> Result<()> {
-        Ok(kill(Pid::from_raw(i32::try_from(self.0.id())?), signal)?)
-    }
-
-    /// Itself and its children.
-    fn pids(&self) -> Result<Vec<i32>> {
-        let own = i32::try_from(self.0.id())?;
-        let children = fs::read_to_string(format!("/proc/{own}/task/{own}/children"))?;
-        Ok(std::iter::once(own).chain(children.split_whitespace().filter_map(|pid| pid.parse().ok())).collect())
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.signal(Signal::SIGTERM);
-        let _ = self.0.wait();
-    }
 }
 
 struct Ours {
@@ -155,10 +85,6 @@ impl Drop for Ours {
 }
 
 impl Peer for Ours {
-    fn name(&self) -> &str {
-        "handover"
-    }
-
     fn address(&self) -> SocketAddr {
         self.address
     }
@@ -206,10 +132,6 @@ impl Nginx {
 }
 
 impl Peer for Nginx {
-    fn name(&self) -> &str {
-        "nginx, reload"
-    }
-
     fn address(&self) -> SocketAddr {
         self.address
     }
@@ -264,10 +186,6 @@ frontend http
 }
 
 impl Peer for Haproxy {
-    fn name(&self) -> &str {
-        "HAProxy, reload"
-    }
-
     fn address(&self) -> SocketAddr {
         self.address
     }
@@ -280,20 +198,4 @@ impl Peer for Haproxy {
     fn pids(&self) -> Result<Vec<i32>> {
         self.master.pids()
     }
-}
-
-/// Programs that cannot be told to listen on a port of the kernel's choice get one that was free a moment ago.
-fn free_address() -> Result<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
-}
-
-fn wait_for(address: SocketAddr) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while TcpStream::connect(address).is_err() {
-        if Instant::now() > deadline {
-            return Err(format!("nobody listens on {address}").into());
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
 }

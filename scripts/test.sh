@@ -3,12 +3,15 @@
 #
 # Usage: scripts/test.sh [PART...]
 #
-#   shell    the scripts themselves: shellcheck
+#   shell    the scripts themselves: shellcheck, and ansible-lint where it is installed
 #   unit     the library's own tests and the examples in its documentation
 #   it       tests with real processes
 #   python   the protocol, played from each side by Python as docs/protocol.md tells it
-#   programs real programs under `handover exec`, in Node, Python and Perl, and nginx and HAProxy where they are installed
+#   programs real programs under `handover exec`: in Node (Express, and as for pm2), Python (gunicorn), Go and Perl, and nginx
+#            and HAProxy where they are installed. HANDOVER_UPGRADES=N of each [20], HANDOVER_LONG_ROUNDS=N of requests
+#            of 15 s [1]
 #   systemd  scripts/systemd-test.sh: the servers under a real systemd, in namespaces of its own
+#   fleet    scripts/fleet-test.sh: roll-outs to several machines with Ansible, in namespaces of their own
 #   demo     scripts/demo.sh
 #   load     scripts/load.sh: 50 upgrades under load, in a network namespace of its own
 #   soak     scripts/soak.sh, a short one
@@ -18,7 +21,7 @@
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
-all=(shell unit it python programs systemd demo load soak)
+all=(shell unit it python programs systemd fleet demo load soak)
 parts=()
 for argument in "$@"; do
     case $argument in
@@ -35,19 +38,27 @@ needs() {
         shell) echo shellcheck:shellcheck ;;
         python) echo python3:python3 ;;
         programs)
-            echo python3:python3 node:nodejs perl:perl
-            # Elsewhere they are not installed, since that starts them.
-            [[ ${CI:-} != true ]] || echo nginx:nginx-light haproxy:haproxy
+            echo python3:python3-venv node:nodejs perl:perl
+            # Elsewhere the servers are not installed, since that starts them.
+            [[ ${CI:-} != true ]] || echo npm:npm go:golang-go nginx:nginx-light haproxy:haproxy
             ;;
         systemd) echo systemctl:systemd python3:python3 unshare:util-linux findmnt:util-linux ;;
+        fleet)
+            echo python3:python3 ansible-playbook:ansible-core ssh:openssh-client sshd:openssh-server nginx:nginx-light
+            echo haproxy:haproxy systemctl:systemd ip:iproute2 unshare:util-linux findmnt:util-linux strip:binutils
+            ;;
         load) echo wrk:wrk h2load:nghttp2-client ip:iproute2 unshare:util-linux ;;
     esac
 }
+
+# To install one of these is to start it.
+daemons=' nginx-light haproxy openssh-server '
 
 # Those without which single tests of it say that they are left out.
 wants() {
     case $1 in
         it) echo zsh:zsh fish:fish ;;
+        programs) echo npm:npm go:golang-go ;;
     esac
 }
 
@@ -59,9 +70,11 @@ missing() {
 }
 
 install_missing() {
-    local part packages=() as=()
+    local part package packages=() as=()
     for part in "${parts[@]}"; do
-        mapfile -t -O "${#packages[@]}" packages < <(missing needs "$part" && missing wants "$part")
+        for package in $(missing needs "$part" && missing wants "$part"); do
+            [[ ${CI:-} != true && $daemons == *" $package "* ]] || packages+=("$package")
+        done
     done
     ((${#packages[@]})) || return 0
     command -v apt-get >/dev/null || return 0
@@ -86,9 +99,23 @@ leave_out() {
     left_out+=("$1: $2")
 }
 
+# Into $programs what the programs need beside the packages of the system. Without network the tests of those that are not
+# there say so; in CI they fail.
+get_programs() {
+    programs="$(target_directory)/programs"
+    mkdir -p "$programs"
+    CGO_ENABLED=0 go build -o "$programs/served" tests/programs/served.go || true
+    { python3 -m venv "$programs/gunicorn" &&
+        "$programs/gunicorn/bin/pip" install --quiet --disable-pip-version-check gunicorn==27.0.1; } || true
+    npm install --prefix "$programs" --no-audit --no-fund --loglevel error express@5.3.0 || true
+}
+
 run() {
     case $1 in
-        shell) shellcheck .ci/run scripts/*.sh ;;
+        shell)
+            shellcheck .ci/run scripts/*.sh
+            if command -v ansible-lint >/dev/null; then (cd scripts/ansible && ansible-lint --offline .); fi
+            ;;
         unit)
             cargo test --all-features --lib --bins
             cargo test --all-features --doc
@@ -105,9 +132,12 @@ run() {
             ;;
         programs)
             cargo build --all-features --examples --bins
-            HANDOVER_BIN="$(target_directory)/debug" python3 -m unittest discover --verbose tests/programs
+            get_programs
+            PYTHONDONTWRITEBYTECODE=1 HANDOVER_PROGRAMS=$programs HANDOVER_BIN="$(target_directory)/debug" \
+                python3 -m unittest discover --verbose tests/programs
             ;;
         systemd) scripts/systemd-test.sh ;;
+        fleet) scripts/fleet-test.sh ;;
         demo) scripts/demo.sh --upgrades 3 ;;
         load) scripts/load.sh ;;
         soak) scripts/soak.sh --upgrades 30 ;;
@@ -121,7 +151,7 @@ for part in "${parts[@]}"; do
         leave_out "$part" "apt install ${lacking//$'\n'/ }"
     elif [[ $part == load ]] && ! has_namespaces; then
         leave_out "$part" "it needs a network namespace: run it as root"
-    elif [[ $part == systemd ]] && ((EUID != 0)); then
+    elif [[ $part == systemd || $part == fleet ]] && ((EUID != 0)); then
         leave_out "$part" "it makes namespaces with a systemd in them: run it as root"
     else
         begun=$SECONDS

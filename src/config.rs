@@ -24,6 +24,7 @@ pub struct Config {
     pub(crate) ready_timeout: Duration,
     pub(crate) trial: Duration,
     pub(crate) linger: Duration,
+    pub(crate) notice: Duration,
     /// Zero: for ever.
     pub(crate) drain_timeout: Duration,
     pub(crate) max_draining: usize,
@@ -55,6 +56,7 @@ impl Default for Config {
             ready_timeout: Duration::from_secs(30),
             trial: Duration::from_secs(1),
             linger: Duration::from_secs(5),
+            notice: Duration::ZERO,
             drain_timeout: Duration::from_secs(60),
             max_draining: 4,
             unclaimed: Unclaimed::default(),
@@ -103,6 +105,14 @@ impl Config {
     /// [`Handover::wait_for_request`](crate::Handover::wait_for_request).
     pub fn linger(mut self, time: Duration) -> Self {
         self.linger = time;
+        self
+    }
+
+    /// For how long a process that is told to stop serves on and is not [ready](crate::Handover::is_ready), before it
+    /// closes its listeners: not at all, by default. Longer than a load balancer takes to notice. A second stop, by signal
+    /// or by the application, ends it. An upgrade or a restart needs no notice, and gives none.
+    pub fn notice(mut self, time: Duration) -> Self {
+        self.notice = time;
         self
     }
 

@@ -92,6 +92,7 @@ struct Timers {
     accepting: Option<Instant>,
     cut_grace: Option<Instant>,
     watchdog: Option<Instant>,
+    notice: Option<Instant>,
     restarted: Option<Instant>,
 }
 
@@ -106,7 +107,7 @@ impl Timers {
 
     fn next(&self) -> Option<Instant> {
         let of_upgrade = [self.ready, self.trial, self.drain, self.accepting];
-        let others = [self.alive, self.drain_count, self.cut_grace, self.watchdog, self.restarted];
+        let others = [self.alive, self.drain_count, self.cut_grace, self.watchdog, self.notice, self.restarted];
         of_upgrade.into_iter().chain(others).flatten().min()
     }
 }
@@ -299,8 +300,24 @@ impl Engine {
 
     fn stop(&mut self, timeout: Option<Duration>) {
         self.drain.timeout = self.drain.timeout.or(timeout);
+        if self.gives_notice() {
+            return;
+        }
         self.tell_new_side_with(inherit::Event::Stop, "it was told to stop".to_owned());
         self.tell_old_side(upgrade::Event::Stop);
+    }
+
+    /// Whether the stop is put off: the first one is, of a process that serves.
+    fn gives_notice(&mut self) -> bool {
+        let notice = self.shared.config.notice;
+        let serves = self.inherit.owns() && self.upgrade.stage() == upgrade::Stage::Serving;
+        let is_first = !self.shared.phase.read(|phase| phase.leaving);
+        self.timers.notice = (serves && is_first && !notice.is_zero()).then(|| Instant::now() + notice);
+        if self.timers.notice.is_some() {
+            log::info!("not ready any more; the listeners are closed in {} s", notice.as_secs_f64());
+            self.shared.phase.update(|phase| phase.leaving = true);
+        }
+        self.timers.notice.is_some()
     }
 
     fn on_client(&mut self, id: ClientId, events: PollFlags) {
@@ -340,7 +357,11 @@ impl Engine {
                     }
                     self.announce_drain_to_stop_clients();
                 } else {
-                    self.stop(drain_timeout_ms.map(Duration::from_millis));
+                    self.schedule_alive();
+                    // Nor does it end the notice.
+                    if self.timers.notice.is_none() {
+                        self.stop(drain_timeout_ms.map(Duration::from_millis));
+                    }
                 }
             }
             Request::TakeOver => self.on_take_over(client, accepted),
@@ -381,8 +402,10 @@ impl Engine {
             inherit::Stage::Refused => return busy(format!("process {pid} never became the serving one")),
         }
         match self.upgrade.stage() {
-            upgrade::Stage::Serving => {}
-            upgrade::Stage::Draining | upgrade::Stage::Drained => return Some(self.busy(Refusal::Draining)),
+            upgrade::Stage::Serving if self.timers.notice.is_none() => {}
+            upgrade::Stage::Serving | upgrade::Stage::Draining | upgrade::Stage::Drained => {
+                return Some(self.busy(Refusal::Draining));
+            }
             _ => return Some(self.busy(Refusal::UpgradeUnderWay)),
         }
         let (draining, most) = (self.older.len(), self.shared.config.max_draining);
@@ -448,6 +471,9 @@ impl Engine {
         }
         if passed(&mut self.timers.watchdog, now) {
             self.ping_watchdog();
+        }
+        if passed(&mut self.timers.notice, now) {
+            self.stop(None);
         }
         if passed(&mut self.timers.restarted, now) {
             self.restart_takes_too_long();

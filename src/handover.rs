@@ -266,6 +266,17 @@ impl Handover {
         }
     }
 
+    /// What to answer a load balancer that asks whether to send requests here: yes from commit until the service is told
+    /// to stop, and so also in a process that drains because a new one has taken over. With [`Config::notice`] it is
+    /// no while the listeners are still open.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.shared.phase.read(|phase| {
+            let stops = phase.leaving || phase.draining.is_some_and(|draining| !draining.upgraded);
+            phase.ownership == Ownership::Owner && !stops
+        })
+    }
+
     /// Whether and when this process drains: as a blocking wait or as a future.
     #[must_use]
     pub fn draining(&self) -> Draining {

@@ -63,6 +63,8 @@ pub(crate) struct Shared {
 #[derive(Debug)]
 pub(crate) struct Phase {
     pub(crate) ownership: Ownership,
+    /// Told to stop: also before it drains, while it gives notice.
+    pub(crate) leaving: bool,
     pub(crate) draining: Option<DrainPhase>,
     pub(crate) drained: Option<Drained>,
 }
@@ -156,7 +158,7 @@ impl Shared {
             previous,
             gate: Gate::new(wake_on(&wake)).map_err(failed)?,
             connections: Connections::new(wake_on(&wake)),
-            phase: Arc::new(Watch::new(Phase { ownership, draining: None, drained: None })),
+            phase: Arc::new(Watch::new(Phase { ownership, leaving: false, draining: None, drained: None })),
             draining_event: event().map_err(|error| failed(error.into()))?,
             is_draining: AtomicBool::new(false),
             wake,

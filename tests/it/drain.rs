@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::client::{Kept, ask};
+use crate::client::{Kept, ask, get};
 use crate::server::Server;
 use crate::wait::{LONG, eventually};
 
@@ -37,6 +37,42 @@ fn the_drain_hook_runs_once_the_new_one_serves() {
     std::fs::remove_file(&file).unwrap();
     server.handover(&["stop", "--pid", &server.pid().to_string()]).exits_with(0);
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "hook\n");
+}
+
+/// A balancer hears it before anybody is refused.
+#[test]
+fn a_process_that_is_told_to_stop_says_first_that_it_is_not_ready() {
+    let server = Server::start(&["--tcp", "http=127.0.0.1:0", "--notice", "600s"]);
+    let (old, address) = (server.pid(), server.address());
+    assert_eq!(get(address, "/ready"), "true");
+    server.signal(old, nix::sys::signal::Signal::SIGTERM);
+    eventually("not ready", || (get(address, "/ready") == "false").then_some(()));
+    assert_eq!(server.answerer().generation, 1, "the listeners are still open");
+    server.upgrade(&[]).exits_with(3);
+    // A second stop ends the notice.
+    server.signal(old, nix::sys::signal::Signal::SIGTERM);
+    server.wait_for_end(old);
+}
+
+#[test]
+fn the_notice_ends_by_itself() {
+    let server = Server::start(&["--tcp", "http=127.0.0.1:0", "--notice", "300ms"]);
+    server.handover(&["stop", "--pid", &server.pid().to_string()]).exits_with(0);
+}
+
+/// The service goes on, whichever process answers.
+#[test]
+fn a_process_that_was_upgraded_stays_ready() {
+    let server = Server::start(&["--tcp", "http=127.0.0.1:0", "--notice", "600s"]);
+    let old = server.pid();
+    let mut kept = Kept::connect(server.address());
+    kept.send("/ready");
+    kept.read_to("\r\n\r\ntrue");
+    server.upgrade(&[]).exits_with(0);
+    kept.send("/ready");
+    assert!(kept.read_to("\r\n\r\ntrue").contains("Connection: close"));
+    assert_eq!(get(server.address(), "/ready"), "true");
+    server.wait_for_end(old);
 }
 
 /// An idle kept connection is closed after `linger`, and the next request goes to the new process.

@@ -237,7 +237,7 @@ impl Client {
         match self.kind {
             Kind::New => http("/", true, body, Expected::Identity),
             Kind::Kept => http("/", false, body, Expected::Identity),
-            Kind::Slow => http(&format!("/slow/{}", self.load.slow_seconds), true, None, Expected::Identity),
+            Kind::Slow => http(&format!("/slow/{}", self.load.slow_seconds), true, body, Expected::Identity),
             Kind::Stream => http("/stream", true, None, Expected::Lines(self.load.stream_lines)),
             Kind::Echo | Kind::EchoKept => Question::Line(format!("line {} of client {}\n", turn.number, self.number)),
             Kind::WebSocket => Question::Nothing,

@@ -101,7 +101,7 @@ impl Load {
         self.clients(Kind::EchoKept, clients)
     }
 
-    /// Makes the new and the kept requests POSTs with this body.
+    /// Makes the new, the kept and the slow requests POSTs with this body.
     pub fn post(mut self, body: impl Into<Vec<u8>>) -> Self {
         self.body = Some(body.into());
         self

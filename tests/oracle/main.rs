@@ -28,7 +28,7 @@ Options:
   --rate R             so many new connections a second, answered or not
   --think TIME         between two requests on a kept connection
   --interval TIME      between two messages on a WebSocket [100ms]
-  --post BYTES         POST a body of this size to / instead of GET
+  --post BYTES         POST a body of this size instead of GET, to / and /slow
   --stream-lines N     how many lines /stream sends [20]
   --patience TIME      how long a request may take [30s]
   --monotonic          a generation may not answer after a higher one has

@@ -8,12 +8,12 @@
 use std::collections::HashMap;
 use std::env;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::process::exit;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,10 +24,12 @@ use nix::sys::select::{FdSet, select};
 use nix::sys::time::TimeVal;
 use socket2::Socket;
 
-const LINGER: Duration = Duration::from_millis(300);
+const LINGER_MS: u64 = 300;
 const TICK_MS: u16 = 20;
 
 static DRAINING: AtomicBool = AtomicBool::new(false);
+/// In milliseconds.
+static LINGER: AtomicU64 = AtomicU64::new(LINGER_MS);
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 /// Loops that may still accept.
 static LOOPS: AtomicUsize = AtomicUsize::new(0);
@@ -36,6 +38,8 @@ fn main() {
     let faults = Faults::from_environment();
     faults.at_start();
     LazyLock::force(&SIGNALS);
+    let linger = faults.0.get("linger").map_or(LINGER_MS, |milliseconds| milliseconds.parse().unwrap());
+    LINGER.store(linger, Ordering::SeqCst);
     if !faults.has("deaf") {
         let draining = Arc::new(AtomicBool::new(false));
         signal_hook::flag::register(signal_hook::consts::SIGTERM, draining.clone()).unwrap();
@@ -155,7 +159,7 @@ fn serve(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_nonblocking(false)?;
     let mut reader = BufReader::new(stream);
     while !reader.buffer().is_empty() || comes_more(stream) {
-        let (mut path, mut closes) = (String::new(), DRAINING.load(Ordering::SeqCst));
+        let (mut path, mut closes, mut length) = (String::new(), DRAINING.load(Ordering::SeqCst), 0);
         loop {
             let mut line = String::new();
             if reader.read_line(&mut line)? == 0 {
@@ -165,10 +169,14 @@ fn serve(stream: &TcpStream) -> std::io::Result<()> {
                 path = line.split(' ').nth(1).unwrap_or("/").to_owned();
             }
             closes |= line.trim().eq_ignore_ascii_case("connection: close");
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse().unwrap_or(0);
+            }
             if line.trim().is_empty() {
                 break;
             }
         }
+        std::io::copy(&mut reader.by_ref().take(length), &mut std::io::sink())?;
         let body = body(&path);
         closes |= DRAINING.load(Ordering::SeqCst);
         let field = if closes { "Connection: close\r\n" } else { "" };
@@ -192,7 +200,7 @@ fn comes_more(stream: &TcpStream) -> bool {
         }
         if DRAINING.load(Ordering::SeqCst) {
             let since: &mut Instant = draining_since.get_or_insert_with(Instant::now);
-            if since.elapsed() > LINGER {
+            if since.elapsed() > Duration::from_millis(LINGER.load(Ordering::SeqCst)) {
                 return false;
             }
         }
@@ -218,6 +226,7 @@ fn body(path: &str) -> String {
         "env" => env::var(rest).unwrap_or_default(),
         "signals" => SIGNALS.each_ref().map(|flag| u8::from(flag.load(Ordering::SeqCst)).to_string()).join(" "),
         "args" => env::args().skip(1).collect::<Vec<_>>().join(" "),
+        "cwd" => env::current_dir().unwrap_or_default().display().to_string(),
         "exe" => fs::read_link("/proc/self/exe").unwrap_or_default().display().to_string(),
         "ids" => format!("{} {}", nix::unistd::getuid(), nix::unistd::getgid()),
         "child" => std::process::Command::new("sleep").arg("600").spawn().unwrap().id().to_string(),

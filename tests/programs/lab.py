@@ -10,13 +10,32 @@ import subprocess
 import tempfile
 import time
 import unittest
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Set
+
+import connections
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BIN = os.environ["HANDOVER_BIN"]
 HANDOVER = os.path.join(BIN, "handover")
 ORACLE = os.path.join(BIN, "examples", "oracle")
+# What scripts/test.sh has put there: gunicorn, Express, the Go server.
+BUILT = os.environ["HANDOVER_PROGRAMS"]
 PATIENCE_SECONDS = 60.0
+MAX_DRAINING = 4
+in_ci = os.environ.get("CI") == "true"
+
+
+def program(name: str) -> str:
+    return os.path.join(HERE, name)
+
+
+def built(name: str) -> str:
+    return os.path.join(BUILT, name)
+
+
+def needs(path: str) -> Callable[[Any], Any]:
+    """For a test of a program that is elsewhere than here perhaps not installed."""
+    return unittest.skipUnless(in_ci or shutil.which(path) or os.path.exists(path), f"{path} is not there")
 
 
 def wait_for(what: str, condition: Callable[[], Any]) -> Any:
@@ -42,10 +61,17 @@ class Oracle:
         self._process.kill()
         self._process.communicate()
 
-    def stop(self) -> Dict[str, Any]:
-        self._process.terminate()
+    def is_accepted(self, count: int) -> bool:
+        return connections.accepted_of(self._process.pid) == count
+
+    def finish(self) -> Dict[str, Any]:
+        """The report of a load that ends by itself."""
         out, _ = self._process.communicate(timeout=PATIENCE_SECONDS)
         return json.loads(out)
+
+    def stop(self) -> Dict[str, Any]:
+        self._process.terminate()
+        return self.finish()
 
 
 class Supervised:
@@ -65,11 +91,11 @@ class Supervised:
 
     def _serves(self) -> bool:
         if self.process.poll() is not None:
-            raise AssertionError(f"it ended: {self._log()}")
+            raise AssertionError(f"it ended: {self.written()}")
         done = self.ask("status", "--json")
         return done.returncode == 0 and json.loads(done.stdout)["state"] == "serving"
 
-    def _log(self) -> str:
+    def written(self) -> str:
         self.log.seek(0)
         return self.log.read()
 
@@ -89,9 +115,28 @@ class Supervised:
     def status(self) -> Dict[str, Any]:
         return json.loads(self.ask("status", "--json").stdout)
 
+    def draining(self) -> Set[int]:
+        return {generation["generation"] for generation in self.status()["draining"]}
+
+    def wait_until_drained(self) -> None:
+        wait_for("older generations end", lambda: not self.draining())
+
+    def may_upgrade(self) -> None:
+        wait_for("not too many drain", lambda: len(self.draining()) < MAX_DRAINING)
+
     def upgrade(self, *arguments: str) -> None:
+        self.may_upgrade()
         done = self.ask("upgrade", *arguments)
-        self.case.assertEqual(done.returncode, 0, done.stdout + done.stderr + self._log())
+        self.case.assertEqual(done.returncode, 0, done.stdout + done.stderr + self.written())
+
+    def replace(self) -> None:
+        self.upgrade()
 
     def oracle(self, *load: str) -> Oracle:
         return Oracle(self.case, self.address, *load)
+
+    def in_flight(self, seconds: float) -> Oracle:
+        """Two requests that take so long, and that the program has accepted."""
+        oracle = self.oracle("--slow", f"2:{seconds}", "--requests", "2")
+        wait_for("requests in flight", lambda: oracle.is_accepted(2))
+        return oracle

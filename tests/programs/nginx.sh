@@ -10,6 +10,8 @@ error_log stderr warn;
 events { worker_connections 256; }
 http {
     access_log off;
+    # So that a kept connection ends only when nginx does.
+    keepalive_requests 1000000000;
     client_body_temp_path $directory/body;
     proxy_temp_path $directory/proxy;
     fastcgi_temp_path $directory/fastcgi;

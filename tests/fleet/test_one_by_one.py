@@ -1,0 +1,55 @@
+"""What needs an empty machine: hard restarts, with the machine taken out of both balancers, and without."""
+
+from __future__ import annotations
+
+import unittest
+
+from lab import Case
+
+
+class OneByOne(Case):
+    def all_are_back(self) -> None:
+        self.assertEqual(self.fleet.nginx.marked_down(), 0)
+        self.assertNotIn("DRAIN", self.fleet.haproxy.states())
+
+    def test_hard_restarts_lose_nothing_of_an_empty_machine(self) -> None:
+        # A reload of nginx closes connections of clients that are silent at the moment: docs/fleet.md.
+        load = self.load(kept_by_nginx=0)
+        played = self.fleet.play("one-by-one")
+        self.assertEqual(played.code, 0, played.text)
+        self.nothing_lost(load)
+        self.all_are_back()
+        self.assertEqual(self.fleet.generations(), [1] * 4)
+
+    def test_hard_restarts_without_it_lose_requests(self) -> None:
+        load = self.load()
+        played = self.fleet.play("one-by-one", balancers="[]")
+        self.assertEqual(played.code, 0, played.text)
+        reports, counted = load.end()
+        for name in ("nginx", "haproxy"):
+            print(f"\n{name}: lost {reports[name]['failed']} of {reports[name]['requests']}; {counted[name]}")
+        self.assertGreater(sum(report["failed"] for report in reports.values()), 0)
+
+    def test_the_machine_is_put_back_after_a_failure(self) -> None:
+        before = self.fleet.generations()
+        played = self.fleet.play("one-by-one", work="'echo no space left; exit 1'")
+        self.assertEqual(played.code, 2, played.text)
+        self.assertIn("no space left", played.text)
+        self.assertEqual(sorted(played.counts), ["web1"], played.text)
+        self.assertEqual(played.text.count("changed: [web1 -> balancer]"), 4, "out of two balancers and back")
+        self.all_are_back()
+        self.assertEqual(self.fleet.generations(), before)
+
+    def test_a_machine_that_dies_meanwhile_is_put_back_too(self) -> None:
+        try:
+            played = self.fleet.play("one-by-one", work="'ip link set eth0 down'")
+        finally:
+            self.fleet.machines[0].inside("ip", "link", "set", "eth0", "up")
+        self.assertEqual(played.code, 2, played.text)
+        self.assertIn("cannot be reached any more", played.text)
+        self.assertEqual(sorted(played.counts), ["web1"], played.text)
+        self.all_are_back()
+
+
+if __name__ == "__main__":
+    unittest.main()

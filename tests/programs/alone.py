@@ -1,0 +1,74 @@
+"""The same program without handover: two processes on one listening socket, and a signal to the first by hand."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import unittest
+from typing import List
+
+from lab import PATIENCE_SECONDS, wait_for
+
+PROBES = 8
+
+
+class Alone:
+    def __init__(self, case: unittest.TestCase, stop_signal: signal.Signals, *program: str) -> None:
+        self.directory = tempfile.mkdtemp(prefix="handover-programs-")
+        case.addCleanup(shutil.rmtree, self.directory)
+        self._log = open(os.path.join(self.directory, "log"), "wb")
+        case.addCleanup(self._log.close)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        # As the programs do that set it themselves, and as --non-blocking does for the others.
+        self._listener.setblocking(False)
+        case.addCleanup(self._listener.close)
+        self.address = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        self._stop_signal = stop_signal
+        self._program = [part.replace("@DIR@", self.directory) for part in program]
+        self._generation = 0
+        self._processes: List[subprocess.Popen[bytes]] = []
+        case.addCleanup(self._end)
+        self._start()
+
+    def _start(self) -> None:
+        self._generation += 1
+        env = {
+            **os.environ,
+            "LISTEN_FDS": "1",
+            "SERVER_STARTER_PORT": f"{self.address}=3",
+            "HANDOVER_GENERATION": str(self._generation),
+            "HANDOVER_WORKER": "0",
+        }
+        fd = self._listener.fileno()
+        command = ["bash", "-c", f'LISTEN_PID=$$ exec "$@" 3<&{fd} {fd}<&-', "bash", *self._program]
+        self._processes.append(subprocess.Popen(command, env=env, pass_fds=[fd], stdout=self._log, stderr=self._log))
+        wait_for(f"{self._program} answers", self._answers)
+
+    def _answers(self) -> bool:
+        """Whether the newest does. Both accept, so several are asked at once."""
+        clients = [http.client.HTTPConnection(self.address, timeout=PATIENCE_SECONDS) for _ in range(PROBES)]
+        try:
+            for client in clients:
+                client.request("GET", "/", headers={"Connection": "close"})
+            own = b"gen=%d " % self._generation
+            return any([client.getresponse().read().startswith(own) for client in clients])
+        finally:
+            for client in clients:
+                client.close()
+
+    def replace(self) -> None:
+        self._start()
+        self._processes[0].send_signal(self._stop_signal)
+
+    def wait_until_drained(self) -> None:
+        self._processes.pop(0).wait(PATIENCE_SECONDS)
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.send_signal(self._stop_signal)
+            process.wait(PATIENCE_SECONDS)
