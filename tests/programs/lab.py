@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 import unittest
-from typing import Any, Callable, Dict, List, Set
+from typing import Any, Callable, Dict, List, Optional, Set
 
 import connections
 
@@ -77,14 +77,21 @@ class Oracle:
 class Supervised:
     """A service of `handover exec`."""
 
-    def __init__(self, case: unittest.TestCase, options: List[str], *program: str, env: Dict[str, str] = {}) -> None:
+    def __init__(
+        self,
+        case: unittest.TestCase,
+        options: List[str],
+        *program: str,
+        env: Dict[str, str] = {},
+        streams: Optional[int] = None,
+    ) -> None:
         self.case = case
         self.directory = tempfile.mkdtemp(prefix="handover-programs-")
         self.env = {**os.environ, "HANDOVER_DIR": os.path.join(self.directory, "control"), **env}
         command = [HANDOVER, "exec", "--listen", "127.0.0.1:0", "--trial", "100ms", *options, "--", *program]
         command = [part.replace("@DIR@", self.directory) for part in command]
         self.log = open(os.path.join(self.directory, "log"), "w+", encoding="utf-8")
-        self.process = subprocess.Popen(command, env=self.env, stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(command, env=self.env, stdout=streams or self.log, stderr=streams or self.log)
         case.addCleanup(self._remove)
         wait_for(f"{program} serves", self._serves)
         self.address = self.status()["listeners"][0]["address"]
