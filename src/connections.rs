@@ -89,10 +89,12 @@ impl Connections {
         // table shows that it has left; if after, it finds the mark, and waits for the lock before it closes the fd.
         let cut = lock(&self.cut);
         self.ended.fetch_or(CUTTING, Ordering::AcqRel);
+        // Before, because those that are cut count as ended as soon as they see it.
+        let open = self.open();
         self.sockets.for_each(shut_down);
         self.ended.fetch_and(!CUTTING, Ordering::AcqRel);
         drop(cut);
-        self.open()
+        open
     }
 }
 
@@ -253,11 +255,35 @@ mod tests {
         assert_eq!(connections.open(), 1);
     }
 
+    #[test]
+    fn those_that_end_because_they_are_cut_are_counted() {
+        const COUNT: usize = 64;
+        let connections = Connections::new(|| {});
+        thread::scope(|scope| {
+            let pairs = [(); COUNT].map(|()| UnixStream::pair().unwrap());
+            let serve = |(ours, theirs): (UnixStream, UnixStream)| {
+                let mut connection = connections.track(ours);
+                scope.spawn(move || {
+                    assert_eq!(connection.read(&mut [0]).unwrap(), 0);
+                    drop(connection);
+                });
+                theirs
+            };
+            let _clients: Vec<UnixStream> = pairs.into_iter().map(serve).collect();
+            let cut = connections.cut_with(|fd| {
+                let _ = socket2::SockRef::from(&fd).shutdown(Shutdown::Both);
+                thread::yield_now();
+            });
+            assert_eq!(cut, COUNT);
+        });
+        assert_eq!(connections.open(), 0);
+    }
+
     /// A number is free as soon as its connection is dropped, and the next socket of anybody takes it.
     #[test]
     fn the_cut_spares_whoever_has_taken_the_number_of_a_connection_that_ended() {
         const THREADS: usize = 4;
-        const ROUNDS: usize = 5_000;
+        const ROUNDS: usize = 2_000;
         let connections = Connections::new(|| {});
         let over = AtomicBool::new(false);
         thread::scope(|scope| {

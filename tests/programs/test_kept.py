@@ -14,7 +14,7 @@ from alone import Alone
 from lab import Oracle, Supervised, built, needs, program, wait_for
 from test_programs import GUNICORN, UPGRADES
 
-ROUNDS = max(UPGRADES // 2, 2)
+ROUNDS = max(UPGRADES // 4, 2)
 CLIENTS = 8
 # What a program loses it loses as soon as it has the signal; the clients go on for so long.
 WATCHED_SECONDS = 0.3
