@@ -29,7 +29,7 @@ elif [[ ${1:-} == --mount ]]; then
     hostname "$name"
     mount -t proc proc /proc
     mount -t tmpfs -o mode=755 tmpfs /run
-    mkdir -p "$lab/units" /run/dev /run/etc
+    mkdir -p "$lab/units/mini.target.wants" /run/dev /run/etc
     # Before /tmp is hidden, where they may be.
     for directory in "$@"; do
         mkdir "$lab/${directory##*:}"

@@ -21,6 +21,7 @@ BIN = os.path.join(LAB, "bin")
 HANDOVER = os.path.join(BIN, "handover")
 PAGE = os.path.join(LAB, "docs", "systemd.md")
 UNITS = os.path.join(LAB, "units")
+WANTED = os.path.join(UNITS, "mini.target.wants")
 PORT = 8080
 # Generous, since other work may slow the machine down; what passes takes a fraction of it.
 PATIENCE_SECONDS = 30.0
@@ -156,6 +157,7 @@ class Service:
             wait_for(f"{unit} ends", lambda unit=unit: self.show("ActiveState", unit) in ("inactive", "failed"))
             run("systemctl", "reset-failed", unit, check=False)
             os.unlink(file)
+            os.unlink(os.path.join(WANTED, unit))
         shutil.rmtree(self.directory)
         run("systemctl", "daemon-reload")
 
@@ -185,6 +187,8 @@ class Service:
             unit.write(text)
         if path not in self.files:
             self.files.append(path)
+            # systemd forgets how a unit has ended well, unless another one names it.
+            os.symlink(path, os.path.join(WANTED, os.path.basename(path)))
 
     def write_from_page(self, block: str, *changes: Tuple[str, str], options: str = "") -> None:
         """The unit as docs/systemd.md has it, with paths of the lab."""
