@@ -31,7 +31,7 @@ use crate::systemd::Notifier;
 use crate::upgrade::{self, Origin, Refusal, Timer, Upgrade};
 
 #[cfg(feature = "cli")]
-pub(crate) use announce::listener_status;
+pub(crate) use announce::{listener_status, queue_of};
 use attempt::{Attempt, Process, Report, Requester};
 #[cfg(feature = "cli")]
 pub(crate) use attempt::{exit_words, milliseconds_since};

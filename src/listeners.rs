@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use socket2::SockRef;
 
+#[cfg(feature = "cli")]
+pub(crate) use bind::{identity_of, unlink_if_ours};
 pub use options::{TcpOptions, UnixOptions};
 
 use crate::error::{Error, ErrorKind};

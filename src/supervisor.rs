@@ -10,7 +10,9 @@
 //! | `sockets` | the listeners, and the variables that tell a program of them |
 //! | `build` | which program that is, now and after a crash |
 //! | `worker`, `trampoline` | starting it |
+//! | `interception`, `caller`, `kept` | the sockets that it binds by itself, for one that takes none |
 //! | `conversation` | the protocol, with programs that use the library |
+//! | `take_over` | a server that runs already, whose place it takes |
 //! | `notify`, `node_channel`, `seen` | how it proves that it can serve |
 //! | `output` | what it writes to stderr |
 //! | `connections`, `family` | what it has open, seen from outside |
@@ -20,9 +22,13 @@ mod listen;
 mod machine;
 mod engine;
 mod sockets;
+mod kept;
 mod build;
 mod worker;
 mod trampoline;
+mod interception;
+mod caller;
+mod take_over;
 mod conversation;
 mod notify;
 mod node_channel;

@@ -1,18 +1,25 @@
 //! Every `unsafe` block of the crate, behind functions that are safe to call.
 //!
 //! What `nix`, `socket2` and `sendfd` already wrap is used from there. Here is only what they lack: `posix_spawn` with
-//! a working directory, pidfds, fds that arrive by number or by message, and two socket options.
+//! a working directory, pidfds, fds that arrive by number or by message, system calls that wait for
+//! another process, and two socket options.
 
 mod accept;
 mod fds;
 mod pidfd;
+#[cfg(feature = "cli")]
+mod seccomp;
 mod signals;
 mod socket;
 mod spawn;
 
 pub(crate) use accept::{IpAddress, accept, accept_with_peer};
 pub(crate) use fds::{FdTable, dup_at_least, fd_from_environment, receive_fds, replace_stderr};
+#[cfg(feature = "cli")]
+pub(crate) use pidfd::pidfd_getfd;
 pub(crate) use pidfd::{pidfd_of_peer, pidfd_open, pidfd_send_signal};
+#[cfg(feature = "cli")]
+pub(crate) use seccomp::{Notification, install_filter, notification_is_available};
 pub(crate) use signals::ignored_signals;
 #[cfg(feature = "cli")]
 pub(crate) use socket::receive_with_uid;

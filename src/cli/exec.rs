@@ -44,6 +44,19 @@ pub(crate) struct Arguments {
     /// PORT, HOST:PORT, a path or @NAME for a Unix socket; `udp:` or `unix-datagram:` before it for datagrams.
     #[arg(long, value_name = "[NAME=]ADDRESS")]
     listen: Vec<Listen>,
+    /// Keep the sockets that the program binds by itself
+    ///
+    /// Its calls of `bind` and `listen` wait for the supervisor (seccomp user notification), which gives the next
+    /// generation the same sockets. So a program that knows nothing of all this is replaced without losing a connection.
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    intercept: Intercept,
+    /// Take over a running server, whoever has started it
+    ///
+    /// The program is given the listening sockets of that process. When it is ready, the process gets the stop signal, and
+    /// has the drain timeout to finish. If the program does not become ready, the process serves on as if nothing had
+    /// happened.
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    take_over: Option<i32>,
     /// Pass the sockets in non-blocking mode
     ///
     /// As with systemd's NonBlocking=, the default is a plain blocking socket. A program that polls and then accepts
@@ -63,6 +76,11 @@ pub(crate) struct Arguments {
     /// In its environment: HANDOVER_PID, the process; HANDOVER_WORKER, HANDOVER_GENERATION.
     #[arg(long, value_name = "COMMAND")]
     ready_cmd: Option<String>,
+    /// Take it for ready so long after its last `bind` or `listen`
+    ///
+    /// For programs that cannot be seen to wait. A timer proves little.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    ready_delay: Option<Duration>,
     /// How long it may take until it is ready
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "30s")]
     ready_timeout: Duration,
@@ -122,6 +140,16 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
+enum Intercept {
+    /// If no --listen is given
+    Auto,
+    /// In any case: also what it binds beside --listen, or at the same address
+    On,
+    /// Never
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum ReadyWay {
     /// Whichever of the others comes first
     Any,
@@ -165,15 +193,23 @@ impl From<ReadyWay> for Ready {
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<Exit, Failure> {
+    let intercept = match arguments.intercept {
+        Intercept::Auto => arguments.listen.is_empty() || arguments.take_over.is_some(),
+        Intercept::On => true,
+        Intercept::Off => false,
+    };
     let mut program = arguments.program.into_iter();
     exit_of(handover::supervisor::run(Options {
         program: program.next().unwrap_or_default(),
         arguments: program.collect(),
+        intercept,
+        take_over: arguments.take_over,
         listen: arguments.listen,
         non_blocking: arguments.non_blocking,
         workers: arguments.workers.into(),
         ready: arguments.ready.into(),
         ready_command: arguments.ready_cmd,
+        ready_delay: arguments.ready_delay,
         ready_timeout: arguments.ready_timeout,
         trial: arguments.trial,
         stop_signal: arguments.stop_signal,

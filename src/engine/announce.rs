@@ -1,6 +1,6 @@
 //! Telling whoever asked: stages, results, status.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::unistd::Pid;
@@ -281,18 +281,22 @@ impl Engine {
 }
 
 pub(crate) fn listener_status(entry: &Entry) -> ListenerStatus {
-    let queue = entry.socket.fd().and_then(|fd| match entry.kind {
-        Kind::Tcp => sys::accept_backlog(fd.as_fd()).ok(),
-        Kind::Udp | Kind::UnixDatagram => sys::unread_bytes(fd.as_fd()).ok(),
-        Kind::Unix => unix_accept_backlog(fd.as_fd()).ok(),
-    });
     ListenerStatus {
         name: entry.name.clone(),
         kind: entry.kind,
         address: entry.address.to_string(),
         cookie: entry.cookie,
         source: entry.source.to_string(),
-        queue,
+        queue: entry.socket.fd().and_then(|fd| queue_of(entry.kind, fd.as_fd())),
         waited_on: entry.socket.was_waited_on(),
+    }
+}
+
+/// Connections that wait to be accepted, or bytes of the next datagram, where the kernel says so.
+pub(crate) fn queue_of(kind: Kind, socket: BorrowedFd<'_>) -> Option<u32> {
+    match kind {
+        Kind::Tcp => sys::accept_backlog(socket).ok(),
+        Kind::Udp | Kind::UnixDatagram => sys::unread_bytes(socket).ok(),
+        Kind::Unix => unix_accept_backlog(socket).ok(),
     }
 }

@@ -116,7 +116,7 @@ fn answers(path: &Path, kind: Type) -> io::Result<bool> {
     }
 }
 
-pub(super) fn identity_of(path: &Path) -> io::Result<PathIdentity> {
+pub(crate) fn identity_of(path: &Path) -> io::Result<PathIdentity> {
     let metadata = fs::symlink_metadata(path)?;
     Ok(PathIdentity { device: metadata.dev(), inode: metadata.ino() })
 }
@@ -132,7 +132,7 @@ pub(super) fn set_mode_and_owner(path: &Path, options: &UnixOptions) -> io::Resu
 }
 
 /// Somebody else may have put a socket of his own at the path since.
-pub(super) fn unlink_if_ours(path: &Path, identity: PathIdentity) {
+pub(crate) fn unlink_if_ours(path: &Path, identity: PathIdentity) {
     if identity_of(path).is_ok_and(|now| now == identity) {
         if let Err(error) = fs::remove_file(path) {
             log::warn!("cannot remove {}: {error}", path.display());

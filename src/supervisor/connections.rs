@@ -13,7 +13,11 @@ use crate::sock_diag::tcp_connections;
 /// How many connections to `addresses` each of the workers has open, with all that it has started.
 pub(super) fn open(workers: &[Pid], addresses: &[Address]) -> Vec<usize> {
     let connections = connections_to(addresses);
-    workers.iter().map(|worker| held(*worker).intersection(&connections).count()).collect()
+    let count = |worker: &Pid| {
+        let held: HashSet<u64> = family::sockets(*worker).into_iter().collect();
+        held.intersection(&connections).count()
+    };
+    workers.iter().map(count).collect()
 }
 
 fn connections_to(addresses: &[Address]) -> HashSet<u64> {
@@ -37,11 +41,6 @@ fn connections_to(addresses: &[Address]) -> HashSet<u64> {
         found.extend(of_ours.filter(|socket| !socket.listens()).map(|socket| socket.inode));
     }
     found
-}
-
-fn held(worker: Pid) -> HashSet<u64> {
-    let fds = family::of(worker).into_iter().filter_map(|pid| family::fds(pid).ok()).flatten();
-    fds.filter_map(|(_, link)| family::socket_inode(&link)).collect()
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod checks;
 mod converse;
 mod drain;
 mod forward;
+mod intercept;
 mod manager;
 mod perform;
 mod reap;
@@ -14,6 +15,7 @@ mod report;
 mod resume;
 mod scale;
 mod status;
+mod take_over;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant, SystemTime};
@@ -22,10 +24,12 @@ use nix::poll::{PollFd, PollFlags};
 
 use super::build::{Build, Recipe};
 use super::conversation::Conversation;
+use super::interception::{self, Interception};
 use super::machine::{Action, Event, Machine, Order, Phase, Policy, WorkerId};
 use super::options::Options;
 use super::output::{Output, Passed, Stream};
 use super::sockets::Sockets;
+use super::take_over::TakenOver;
 use super::worker::Worker;
 use crate::control::messages::LastUpgrade;
 use crate::control::server::{ClientId, Server};
@@ -78,6 +82,8 @@ pub(super) struct Supervisor {
     stop_clients: Vec<(ClientId, Instant)>,
     scaling: Option<Scaling>,
     replacement: Option<Replacement>,
+    /// The server that was to be replaced, until it has ended.
+    taken_over: Option<TakenOver>,
     /// Which worker ended last, and how.
     last_exit: Option<(usize, String)>,
     last_upgrade: Option<LastUpgrade>,
@@ -117,6 +123,9 @@ struct Timers {
     alive: Option<Instant>,
     drain_count: Option<Instant>,
     watchdog: Option<Instant>,
+    /// When it is looked whether the program has closed what is kept for it.
+    closed: Option<Instant>,
+    taken_over: Option<Instant>,
 }
 
 /// What is polled.
@@ -130,9 +139,11 @@ enum Source {
     Notify(WorkerId),
     Channel(WorkerId),
     Conversation(WorkerId),
+    Interception(WorkerId),
     Output(WorkerId),
     Leftover,
     Ours(Stream),
+    TakenOver,
     Rehearsal,
     RehearsalOutput,
 }
@@ -188,6 +199,7 @@ impl Supervisor {
             stop_clients: vec![],
             scaling: None,
             replacement: None,
+            taken_over: None,
             last_exit: None,
             last_upgrade: None,
             last_failure: None,
@@ -207,9 +219,13 @@ impl Supervisor {
     }
 
     fn prepare(options: &Options) -> Result<(Sockets, Option<PidFile>), Error> {
-        let sockets = Sockets::open(&options.listen, options.non_blocking)?;
+        if options.intercept {
+            interception::check()?;
+        }
+        let listen = if options.take_over.is_some() { &[][..] } else { &options.listen };
+        let sockets = Sockets::open(listen, options.non_blocking, options.intercept)?;
         let is_seen = options.may_be_seen() && options.ready_command.is_none();
-        if sockets.is_empty() && is_seen {
+        if sockets.is_empty() && is_seen && !options.intercept {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 "see when the program is ready",
@@ -223,6 +239,10 @@ impl Supervisor {
     }
 
     pub(super) fn run(mut self) -> Result<Ended, Error> {
+        if let Err(error) = self.find_server() {
+            self.server.unlink();
+            return Err(error);
+        }
         self.start();
         self.run_on()
     }
@@ -235,6 +255,7 @@ impl Supervisor {
                 self.dispatch(source, events);
             }
             self.reap();
+            self.answer_waiting_calls();
             self.look_at_workers();
             self.on_time(Instant::now());
             self.send_reports();
@@ -307,12 +328,18 @@ impl Supervisor {
             all.extend(channel.map(|fd| (Source::Channel(*id), reads(fd))));
             let conversation = worker.conversation.as_ref().map(Conversation::poll_fd);
             all.extend(conversation.map(|fd| (Source::Conversation(*id), fd)));
+            let interception = worker.interception.as_ref().and_then(Interception::poll_fd);
+            all.extend(interception.map(|fd| (Source::Interception(*id), fd)));
         }
         let blocked = Stream::ALL.into_iter().filter(|stream| self.blocked.contains(stream));
         all.extend(blocked.map(|stream| (Source::Ours(stream), PollFd::new(stream.fd(), PollFlags::POLLOUT))));
         let outputs =
             self.workers.iter().flat_map(|(id, worker)| worker.outputs().map(|one| (Source::Output(*id), one)));
         let outputs = outputs.chain(self.leftovers.iter().map(|output| (Source::Leftover, output)));
+        let server = self.taken_over.iter().filter(|server| server.is_told);
+        all.extend(
+            server.flat_map(|server| server.fds().chain(server.watched())).map(|fd| (Source::TakenOver, reads(fd))),
+        );
         if let Some(replacement) = &self.replacement {
             all.extend(replacement.fds().map(|fd| (Source::Rehearsal, reads(fd))));
         }
@@ -324,12 +351,13 @@ impl Supervisor {
 
     fn deadline(&self) -> Option<Instant> {
         let timers = [self.timers.alive, self.timers.drain_count, self.timers.watchdog];
-        let others = [self.machine.deadline(), self.server.next_deadline()];
+        let more = [self.timers.closed, self.timers.taken_over];
+        let others = [self.machine.deadline(), self.server.next_deadline(), self.next_settling()];
         let looks = self.workers.values().filter_map(|worker| worker.next_look);
         let dismissed = self.workers.values().filter_map(|worker| worker.dismissed);
         let reports = self.reports.iter().map(|report| report.deadline);
         let others = others.into_iter().chain([self.replacement.as_ref().map(|replacement| replacement.deadline)]);
-        timers.into_iter().chain(others).flatten().chain(looks).chain(dismissed).chain(reports).min()
+        timers.into_iter().chain(more).chain(others).flatten().chain(looks).chain(dismissed).chain(reports).min()
     }
 
     fn dispatch(&mut self, source: Source, events: PollFlags) {
@@ -342,6 +370,7 @@ impl Supervisor {
             Source::Notify(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_notify),
             Source::Channel(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_channel),
             Source::Conversation(id) => self.read_conversation(id),
+            Source::Interception(id) => self.on_interception(id, events),
             Source::Output(id) => {
                 self.blocked.extend(self.workers.get_mut(&id).map(Worker::pass_on).unwrap_or_default());
             }
@@ -353,6 +382,7 @@ impl Supervisor {
                 self.blocked.extend(full);
                 self.leftovers.retain(|output| output.fd().is_some());
             }
+            Source::TakenOver => self.look_at_server(),
             Source::Rehearsal => self.read_rehearsal(),
             Source::RehearsalOutput => {
                 let passed = self.replacement.as_mut().map(|replacement| replacement.stderr.pass_on());
@@ -393,6 +423,12 @@ impl Supervisor {
         if passed(&mut self.timers.alive, now) {
             self.say_alive();
         }
+        if passed(&mut self.timers.taken_over, now) {
+            self.count_of_server();
+        }
+        if passed(&mut self.timers.closed, now) {
+            self.look_for_closed();
+        }
         if passed(&mut self.timers.watchdog, now) {
             self.ping_watchdog();
         }
@@ -416,7 +452,8 @@ impl Supervisor {
         }
     }
 
-    fn end(self) -> Result<Ended, Error> {
+    fn end(mut self) -> Result<Ended, Error> {
+        Self::leave_server_alone(&mut self.sockets, self.taken_over.take());
         self.sockets.remove_paths();
         if let Some(pid_file) = &self.pid_file {
             pid_file.discard();

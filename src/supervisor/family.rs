@@ -35,6 +35,12 @@ pub(super) fn fds(pid: Pid) -> std::io::Result<Vec<(i32, PathBuf)>> {
     Ok(entries.filter_map(fd).collect())
 }
 
+/// The inodes of the sockets of a worker and of all that it has started.
+pub(super) fn sockets(worker: Pid) -> Vec<u64> {
+    let fds = of(worker).into_iter().filter_map(|pid| fds(pid).ok()).flatten();
+    fds.filter_map(|(_, link)| socket_inode(&link)).collect()
+}
+
 /// The kernel takes them all away at once when a process ends, however it does.
 pub(super) fn has_fds(pid: Pid) -> bool {
     fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|mut fds| fds.next().is_some())

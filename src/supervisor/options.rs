@@ -21,6 +21,12 @@ pub struct Options {
     /// Where to listen for it. What is bound is not bound again.
     #[serde(skip)]
     pub listen: Vec<Listen>,
+    /// Whether the sockets that the program binds by itself are kept for its next generation.
+    #[serde(default)]
+    pub intercept: bool,
+    /// A running server whose sockets the program is given, and which is told to stop when the program serves.
+    #[serde(skip)]
+    pub take_over: Option<i32>,
     /// Whether the sockets are non-blocking when the program gets them.
     pub non_blocking: bool,
     /// How many processes of it to run.
@@ -29,6 +35,9 @@ pub struct Options {
     pub ready: Ready,
     /// A shell command that must succeed as well.
     pub ready_command: Option<String>,
+    /// How long after its last `bind` or `listen` one is taken for ready.
+    #[serde(default)]
+    pub ready_delay: Option<Duration>,
     /// How long one may take until it is ready.
     pub ready_timeout: Duration,
     /// How long new workers must live beside the old ones before these are told to stop.

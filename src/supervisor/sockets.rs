@@ -2,11 +2,13 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
+use super::kept::{Kept, KeptSocket, SavedKept};
 use super::listen::Listen;
 use crate::control::ListenerStatus;
 use crate::engine::listener_status;
@@ -14,9 +16,10 @@ use crate::error::Error;
 use crate::gate::Gate;
 use crate::inherit::socket_activation;
 use crate::listeners::{
-    Address, Entry, Inherited, Listeners, Source, TcpOptions, Unclaimed, UnixOptions, Wanted, WantedOptions, kind_of,
+    Address, Entry, Inherited, Listeners, Source, TcpOptions, Unclaimed, UnixOptions, Wanted, WantedOptions,
+    identity_of, kind_of, unlink_if_ours,
 };
-use crate::protocol::{Kind, OfferedListener};
+use crate::protocol::{Kind, OfferedListener, PathIdentity};
 use crate::sys;
 use crate::systemd::Notifier;
 
@@ -29,14 +32,25 @@ pub(super) struct Sockets {
     gate: Gate,
     /// In the order in which they were named, which is that of their numbers in the program.
     names: Vec<String>,
+    /// What the program has bound by itself.
+    pub(super) kept: Kept,
+    /// Of those that were closed.
+    paths: Vec<(PathBuf, PathIdentity)>,
 }
 
 impl Sockets {
     /// Takes from a service manager what it has passed, and binds the rest.
-    pub(super) fn open(wanted: &[Listen], non_blocking: bool) -> Result<Self, Error> {
+    pub(super) fn open(wanted: &[Listen], non_blocking: bool, intercept: bool) -> Result<Self, Error> {
         let gate = Gate::new(|| {}).map_err(|error| Error::io("prepare to listen", error))?;
         gate.open();
-        let mut listeners = Listeners::new(socket_activation::from_environment(), true);
+        let is_kept = |one: &Inherited| intercept && !one.activated && Kept::is_name_of_ours(&one.name);
+        let (stored, passed): (Vec<_>, Vec<_>) = socket_activation::from_environment().into_iter().partition(is_kept);
+        let mut kept = Kept::default();
+        for one in stored {
+            let name = one.name.clone();
+            kept.take_stored(one).map_err(|error| Error::io(format!("go on with socket `{name}`"), error))?;
+        }
+        let mut listeners = Listeners::new(passed, true);
         let mut names = Vec::new();
         for (number, one) in (1..).zip(wanted) {
             let name = one.name.clone().unwrap_or_else(|| format!("socket-{number}"));
@@ -52,7 +66,7 @@ impl Sockets {
         listeners.settle_unclaimed(Unclaimed::Keep, &gate);
         let passed = listeners.entries().map(|entry| entry.name.clone()).filter(|name| !names.contains(name));
         names.extend(passed.collect::<Vec<_>>());
-        let sockets = Self { listeners, gate, names };
+        let sockets = Self { listeners, gate, names, kept, paths: vec![] };
         for entry in sockets.entries() {
             let set = entry.socket.fd().map_or(Ok(()), |fd| SockRef::from(&fd).set_nonblocking(non_blocking));
             set.map_err(|error| Error::io(format!("prepare listener `{}`", entry.name), error))?;
@@ -70,12 +84,13 @@ impl Sockets {
     }
 
     /// What was saved, as it is: nothing is bound, and the mode of a socket is the program's affair.
-    pub(super) fn resume(saved: Vec<SavedSocket>) -> io::Result<Self> {
+    pub(super) fn resume(saved: Vec<SavedSocket>, kept: Vec<SavedKept>) -> io::Result<Self> {
         let gate = Gate::new(|| {})?;
         gate.open();
         let names = saved.iter().map(|one| one.offered.name.clone()).collect();
         let inherited = saved.into_iter().map(SavedSocket::take).collect::<io::Result<_>>()?;
-        Ok(Self { listeners: Listeners::resumed(inherited, &gate), gate, names })
+        let listeners = Listeners::resumed(inherited, &gate);
+        Ok(Self { listeners, gate, names, kept: Kept::resume(kept)?, paths: vec![] })
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -94,15 +109,40 @@ impl Sockets {
     /// Name and inode, by which a socket is known in `/proc`.
     pub(super) fn inodes(&self) -> Vec<(String, u64)> {
         let inode = |entry: &Entry| Some((entry.name.clone(), inode_of(entry)?));
-        self.entries().filter_map(inode).collect()
+        self.entries().filter_map(inode).chain(self.kept.inodes()).collect()
     }
 
     pub(super) fn addresses(&self) -> Vec<Address> {
-        self.entries().map(|entry| entry.address.clone()).collect()
+        self.entries().map(|entry| entry.address.clone()).chain(self.kept.addresses()).collect()
     }
 
     pub(super) fn status(&self) -> Vec<ListenerStatus> {
-        self.listeners.entries().map(listener_status).collect()
+        self.listeners.entries().map(listener_status).chain(self.kept.status()).collect()
+    }
+
+    /// One that was named, for a program that binds its address instead of taking what it is given.
+    pub(super) fn named_at(&self, kind: Kind, address: &Address) -> Option<Arc<OwnedFd>> {
+        self.entries().find(|entry| entry.kind == kind && entry.address == *address)?.socket.fd()
+    }
+
+    /// Whether clients find one of them by that path.
+    pub(super) fn is_at(&self, path: &Path) -> bool {
+        let here = identity_of(path).ok();
+        self.kept.is_at(path) || (here.is_some() && self.entries().any(|entry| entry.path == here))
+    }
+
+    /// Closes those that the program has bound by itself and that fail the test, and says where they were.
+    pub(super) fn close_kept(&mut self, is_wanted: impl Fn(u64) -> bool, notifier: Option<&Notifier>) -> Vec<String> {
+        let closed = self.kept.retain(is_wanted);
+        for socket in &closed {
+            if let Some((path, identity)) = socket.path() {
+                unlink_if_ours(&path, identity);
+            }
+            if let Some(notifier) = notifier {
+                notifier.remove_from_store(socket.name());
+            }
+        }
+        closed.iter().map(|socket| socket.address().to_string()).collect()
     }
 
     /// What tells a program of them: systemd's variables, and those of other supervisors.
@@ -136,15 +176,28 @@ impl Sockets {
                 notifier.store(&entry.name, fd.as_fd());
             }
         }
+        for (name, fd) in self.kept.fds() {
+            notifier.store(name, fd);
+        }
     }
 
     /// From now on they are the program's alone: when it has closed them, clients are refused instead of left waiting.
-    pub(super) fn close(&self) {
+    pub(super) fn close(&mut self) {
         self.gate.close();
+        self.paths = self.kept.retain(|_| false).iter().filter_map(KeptSocket::path).collect();
+    }
+
+    /// They are another's: their paths stay.
+    pub(super) fn forget_kept(&mut self) {
+        drop(self.kept.retain(|_| false));
+        self.paths.clear();
     }
 
     pub(super) fn remove_paths(&self) {
         self.listeners.unlink_paths(true);
+        for (path, identity) in &self.paths {
+            unlink_if_ours(path, *identity);
+        }
     }
 }
 
@@ -199,7 +252,7 @@ mod tests {
     fn a_program_is_told_in_each_of_the_ways() {
         let wanted: Vec<Listen> =
             ["web=127.0.0.1:0", "udp:127.0.0.1:0", "@handover-test-sockets"].map(|text| text.parse().unwrap()).into();
-        let sockets = Sockets::open(&wanted, false).unwrap();
+        let mut sockets = Sockets::open(&wanted, false, false).unwrap();
         let addresses: Vec<String> = sockets.addresses().iter().map(ToString::to_string).collect();
         let variables = sockets.environment(7);
         let value = |name: &str| variables.iter().find(|(other, _)| other == name).unwrap().1.clone();

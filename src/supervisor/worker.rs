@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::build::Build;
 use super::conversation::{Conversation, Terms};
+use super::interception::Interception;
 use super::node_channel::NodeChannel;
 use super::notify::NotifySocket;
 use super::options::{Options, Ready};
@@ -41,6 +42,11 @@ pub(super) struct Worker {
     pub(super) stderr: Output,
     /// Only with a prefix; otherwise the program has ours.
     pub(super) stdout: Option<Output>,
+    /// What decides on the sockets that it binds.
+    pub(super) interception: Option<Interception>,
+    /// When it has last bound one.
+    #[serde(with = "saved::moment::option")]
+    pub(super) last_call: Option<Instant>,
     /// Until the upgrade that it was started for is over.
     #[serde(skip)]
     pub(super) conversation: Option<Conversation>,
@@ -89,6 +95,8 @@ impl Worker {
         let (stdout, stdout_of_worker) = stdout.unzip();
         let channel = options.wants_node_channel().then(NodeChannel::pair).transpose().map_err(failed)?;
         let (channel, channel_of_worker) = channel.unzip();
+        let interception = options.intercept.then(Interception::begin).transpose().map_err(failed)?;
+        let (interception, of_trampoline) = interception.unzip();
         let (conversation, its_end) = place.terms.map(Conversation::begin).transpose().map_err(failed)?.unzip();
 
         let mut environment = sockets.environment(place.generation);
@@ -109,11 +117,15 @@ impl Worker {
             let inode = nix::sys::stat::fstat(its_end).map_err(|error| failed(error.into()))?.st_ino;
             set(CHANNEL_VARIABLE, format!("{}:{inode}", fds.add(its_end.as_fd())));
         }
+        let filter = of_trampoline.as_ref().map(|socket| trampoline::Filter {
+            socket: fds.add(socket.as_fd()),
+            removals: sockets.kept.may_have_path(),
+        });
         fds.fds.push((stderr_of_worker.as_fd(), Stream::Stderr.number()));
         fds.fds.extend(stdout_of_worker.as_ref().map(|pipe| (pipe.as_fd(), Stream::Stdout.number())));
         let environment: Vec<(OsString, OsString)> =
             environment.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
-        let arguments = trampoline::arguments(options.user.as_deref(), &plan.program, &plan.argv);
+        let arguments = trampoline::arguments(options.user.as_deref(), filter.as_ref(), &plan.program, &plan.argv);
         let copies = fds.copies().map_err(failed)?;
         let places = fds.fds.iter().zip(&copies);
         let fds = places.map(|((fd, number), copy)| (copy.as_ref().map_or(*fd, AsFd::as_fd), *number)).collect();
@@ -128,6 +140,8 @@ impl Worker {
             channel,
             stderr,
             stdout,
+            interception,
+            last_call: None,
             conversation,
             said_ready: false,
             sent_ready: false,
@@ -157,7 +171,9 @@ impl Worker {
     /// What it is talked to by.
     pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let channel = self.channel.as_ref().and_then(NodeChannel::fd);
-        std::iter::once(self.notify.as_fd()).chain(channel).chain(self.outputs().filter_map(Output::fd))
+        let filter = self.interception.as_ref().and_then(Interception::fd);
+        let filter_and_channel = filter.into_iter().chain(channel);
+        std::iter::once(self.notify.as_fd()).chain(filter_and_channel).chain(self.outputs().filter_map(Output::fd))
     }
 
     pub(super) fn outputs(&self) -> impl Iterator<Item = &Output> {
@@ -175,7 +191,8 @@ impl Worker {
     }
 
     /// Whether it can serve, by what it has said or by what is seen now.
-    pub(super) fn look(&mut self, ready: Ready, listeners: &[(String, u64)], now: Instant) {
+    pub(super) fn look(&mut self, options: &Options, listeners: &[(String, u64)], now: Instant) {
+        let ready = options.ready;
         if self.proof.is_some() {
             return;
         }
@@ -184,12 +201,17 @@ impl Worker {
             self.next_look = None;
             return;
         }
+        let listens_for = |delay: Duration| self.last_call.is_some_and(|last| now >= last + delay);
         let accepts = |way: Ready| ready == Ready::Any || ready == way;
         if self.said_ready && accepts(Ready::Notify) {
             self.proof = Some("said READY=1".to_owned());
         } else if self.sent_ready && accepts(Ready::Message) {
             self.proof = Some("sent `ready`".to_owned());
         } else if self.next_look.take_if(|next| *next <= now).is_some() {
+            if let Some(delay) = options.ready_delay.filter(|delay| listens_for(*delay)) {
+                self.proof = Some(format!("has bound its last socket {delay:?} ago"));
+                return;
+            }
             self.proof = self.is_seen(listeners);
             let interval = (now.duration_since(self.spawned) / 8).clamp(LOOK_INTERVAL_MIN, LOOK_INTERVAL_MAX);
             self.next_look = self.proof.is_none().then(|| Instant::now() + interval);
@@ -225,6 +247,7 @@ impl Worker {
             Ready::Any | Ready::Waits if self.denied => {
                 "it may not be looked at (it runs as another user): let it say READY=1".to_owned()
             }
+            Ready::Any | Ready::Waits if self.missing.is_empty() => "it has listened on nothing".to_owned(),
             Ready::Any | Ready::Waits => format!("it does not wait for connections on {}", self.missing.join(", ")),
         };
         format!("{cause}{status}")

@@ -49,3 +49,14 @@ pub(crate) fn pidfd_of_peer(socket: BorrowedFd<'_>, pid: Pid) -> io::Result<Owne
     }
     pidfd_open(pid)
 }
+
+/// `pidfd_getfd(2)`: a copy of an fd of that process, with CLOEXEC. EPERM without the rights of a debugger
+/// (`ptrace(2)`).
+#[cfg(feature = "cli")]
+pub(crate) fn pidfd_getfd(process: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: three integers go in.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel returned a new fd that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -12,6 +12,7 @@ use crate::control::messages::{
 };
 use crate::control::server::{Asked, ClientId};
 use crate::engine::milliseconds_since;
+use crate::protocol::Claims;
 use crate::shared::unix_ms;
 use crate::supervisor::conversation::Terms;
 use crate::supervisor::machine::{Event, Phase, Refusal, WorkerId};
@@ -197,11 +198,11 @@ impl Supervisor {
     }
 
     /// All that is left of the upgrade is that the old ones drain.
-    pub(super) fn announce_commit(&mut self) {
+    pub(super) fn announce_commit(&mut self, claims: Option<Claims>) {
         let Some(Attempt { verb, begun, .. }) = self.attempt else { return };
         if verb == Verb::Upgrade {
             self.say_to_requester(stage(StageName::Healthy, begun));
-            self.say_to_requester(stage(StageName::Committed, begun));
+            self.say_to_requester(StageEvent { claims, ..stage(StageName::Committed, begun) });
         }
         let result = self.done();
         let Some(attempt) = self.attempt.take() else { return };

@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 
 use super::Supervisor;
 use crate::supervisor::machine::{Event, WorkerId};
+use crate::supervisor::options::Ready;
 
 /// Between two runs of --ready-cmd.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
@@ -21,11 +22,16 @@ impl Supervisor {
         if starting.is_empty() {
             return;
         }
+        self.sockets.kept.settle();
         let (listeners, now) = (self.sockets.inodes(), Instant::now());
+        // Where nothing can be seen the command decides alone; so it does where it is asked for beside an interception,
+        // because the new build may not want all that the old one has.
+        let unseen = listeners.is_empty() || self.options.intercept;
+        let is_left_to_command = unseen && self.options.ready == Ready::Any && self.options.ready_command.is_some();
         for id in starting {
             let Some(worker) = self.workers.get_mut(&id) else { continue };
-            worker.look(self.options.ready, &listeners, now);
-            if listeners.is_empty() && self.options.may_be_seen() {
+            worker.look(&self.options, &listeners, now);
+            if is_left_to_command {
                 worker.proof = Some("was started".to_owned());
             }
             match (&worker.proof, &self.options.ready_command) {

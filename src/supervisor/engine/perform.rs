@@ -136,12 +136,14 @@ impl Supervisor {
             if let Some(pid_file) = &self.pid_file {
                 pid_file.put_in_place();
             }
-            self.keep_listeners_in_store();
         }
+        let claims = self.take_stock();
+        self.tell_server_to_stop();
+        self.keep_listeners_in_store();
         log::info!("generation {} serves", self.machine.generation());
         self.last_failure = None;
         self.tell_manager_of_service();
-        self.announce_commit();
+        self.announce_commit(claims);
     }
 
     fn begin_drain(&mut self) {

@@ -122,7 +122,7 @@ impl Supervisor {
             let same = fds.iter().map(|fd| (*fd, fd.as_raw_fd()));
             let streams = [(answer_of_child.as_fd(), 1), (stderr_of_child.as_fd(), 2)];
             // In a group of its own, so that nothing of a build that is no supervisor stays and holds the listeners.
-            let arguments = trampoline::arguments(None, &plan.program, &resume::rehearsal(&memfd));
+            let arguments = trampoline::arguments(None, None, &plan.program, &resume::rehearsal(&memfd));
             plan.run(Path::new(trampoline::PROGRAM), &arguments, &[], same.chain(streams).collect())
         })?;
         Ok(Replacement {

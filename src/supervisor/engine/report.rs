@@ -24,6 +24,7 @@ impl Supervisor {
     /// The new build is given up.
     pub(super) fn fail(&mut self, failure: Failure, worker: Option<WorkerId>, in_trial: bool) {
         self.new = None;
+        self.close_unwanted();
         let process = worker.and_then(|id| self.workers.get_mut(&id));
         let exit = process.as_ref().and_then(|process| process.exit.clone());
         let why = process.as_ref().map(|process| process.why_not_ready(self.options.ready)).unwrap_or_default();
@@ -39,6 +40,10 @@ impl Supervisor {
             Failure::Stopped => "was not ready when this process was told to stop".to_owned(),
         };
         let mend = match (failure, exit.as_deref()) {
+            (Failure::Silent, _) if self.options.intercept => Some(
+                "--ready-timeout gives it longer; if the new build is not to listen there any more, or cannot be seen to \
+                 wait (io_uring), --ready-delay or --ready-cmd proves it",
+            ),
             (Failure::Silent, _) => Some("--ready-timeout gives it longer"),
             (Failure::Exited, Some("exited with status 0")) => {
                 Some("let it stay in the foreground; one that forks itself away cannot be supervised")

@@ -28,10 +28,12 @@ use crate::error::{Error, ErrorKind};
 use crate::pid_file::PidFile;
 use crate::state::HandedState;
 use crate::supervisor::build::{Build, Recipe};
+use crate::supervisor::kept::SavedKept;
 use crate::supervisor::machine::{Machine, WorkerId};
 use crate::supervisor::options::Options;
 use crate::supervisor::output::Output;
 use crate::supervisor::sockets::{SavedSocket, Sockets};
+use crate::supervisor::take_over::TakenOver;
 use crate::supervisor::worker::Worker;
 use crate::sys;
 use crate::upgrade::spawn::Started;
@@ -39,7 +41,7 @@ use crate::upgrade::spawn::Started;
 /// Where the next build finds it: `PID:FD`.
 pub(crate) const STATE_VARIABLE: &str = "HANDOVER_SUPERVISOR";
 /// Of what is written. A field that an older build does not know needs no other number, if it can do without.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The verb; no help and no completion names it.
 const REHEARSE: &str = "rehearse-supervisor";
 
@@ -51,6 +53,8 @@ struct Saved<'a> {
     own: &'a Started,
     machine: &'a Machine,
     sockets: Vec<SavedSocket>,
+    kept: Vec<SavedKept>,
+    taken_over: &'a Option<TakenOver>,
     workers: &'a BTreeMap<WorkerId, Worker>,
     leftovers: &'a [Output],
     recipe: &'a Recipe,
@@ -72,6 +76,8 @@ struct Resumed {
     own: Started,
     machine: Machine,
     sockets: Vec<SavedSocket>,
+    kept: Vec<SavedKept>,
+    taken_over: Option<TakenOver>,
     workers: BTreeMap<WorkerId, Worker>,
     leftovers: Vec<Output>,
     recipe: Recipe,
@@ -96,6 +102,8 @@ impl Supervisor {
             own: &self.own,
             machine: &self.machine,
             sockets: self.sockets.saved(),
+            kept: self.sockets.kept.saved(),
+            taken_over: &self.taken_over,
             workers: &self.workers,
             leftovers: &self.leftovers,
             recipe: &self.recipe,
@@ -118,7 +126,9 @@ impl Supervisor {
         let listeners = self.sockets.fds();
         let of_workers = self.workers.values().flat_map(Worker::fds);
         let of_leftovers = self.leftovers.iter().filter_map(Output::fd);
-        let fds = listeners.iter().map(AsFd::as_fd).chain(self.server.fds()).chain(of_workers).chain(of_leftovers);
+        let listeners = listeners.iter().map(AsFd::as_fd).chain(self.sockets.kept.saved_fds());
+        let of_server = self.taken_over.iter().flat_map(TakenOver::fds);
+        let fds = listeners.chain(of_server).chain(self.server.fds()).chain(of_workers).chain(of_leftovers);
         use_them(&fds.chain([memfd.as_fd()]).collect::<Vec<_>>())
     }
 
@@ -133,7 +143,7 @@ impl Supervisor {
         resumed.own.signal_mask.thread_set_mask().map_err(|error| failed(error.into()))?;
         let mut supervisor = Self::assemble(Parts {
             pid_file: resumed.options.pid_file.as_deref().map(PidFile::new),
-            sockets: Sockets::resume(resumed.sockets).map_err(failed)?,
+            sockets: Sockets::resume(resumed.sockets, resumed.kept).map_err(failed)?,
             options: resumed.options,
             own: resumed.own,
             machine: resumed.machine,
@@ -144,6 +154,7 @@ impl Supervisor {
             children,
         });
         supervisor.workers = resumed.workers;
+        supervisor.taken_over = resumed.taken_over;
         supervisor.leftovers = resumed.leftovers;
         supervisor.committed = resumed.committed;
         supervisor.previous = resumed.previous;
@@ -163,6 +174,8 @@ impl Supervisor {
             self.count_from_now();
             self.schedule_alive();
         }
+        self.look_for_closed_later();
+        self.timers.taken_over = self.taken_over.as_ref().map(|_| Instant::now());
         self.tell_manager_of_service();
         self.tell_of_replacement(replaced);
         // Whoever has ended meanwhile has sent its signal to nobody.
@@ -231,7 +244,9 @@ pub fn rehearse(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCod
     let state = sys::fd_from_environment(number)?;
     let begun = Instant::now();
     let reason = read(state).and_then(|resumed| {
-        Sockets::resume(resumed.sockets).map(drop).map_err(|error| format!("a listener cannot be used: {error}"))
+        Sockets::resume(resumed.sockets, resumed.kept)
+            .map(drop)
+            .map_err(|error| format!("a listener cannot be used: {error}"))
     });
     log::debug!("rehearsed in {:?}", begun.elapsed());
     let answer = Answer {
@@ -250,8 +265,8 @@ mod tests {
     #[test]
     fn what_another_version_has_left_is_refused_before_it_is_looked_at() {
         let left = |text: &str| read(HandedState::new(0, text).to_memfd().unwrap()).map(|_| ()).unwrap_err();
-        assert_eq!(left(r#"{"version":2}"#), "what it has left is of version 2, and this build reads 1");
-        assert!(left(r#"{"version":1}"#).contains("missing field"));
+        assert_eq!(left(r#"{"version":3}"#), "what it has left is of version 3, and this build reads 2");
+        assert!(left(r#"{"version":2}"#).contains("missing field"));
         assert!(left("garbage").contains("cannot be understood"));
     }
 }

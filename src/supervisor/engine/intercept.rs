@@ -1,0 +1,300 @@
+//! What a program's calls of `bind` and `listen` come to: its sockets are kept, and a later generation is given them in
+//! place of its own.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use socket2::SockRef;
+
+use super::Supervisor;
+use crate::listeners::{Address, kind_of};
+use crate::protocol::{Claims, Kind};
+use crate::supervisor::caller::Caller;
+use crate::supervisor::family;
+use crate::supervisor::kept::{Found, carry_options_over};
+use crate::supervisor::machine::{Phase, Stage, WorkerId};
+use crate::sys::Notification;
+
+/// Between two looks at what cannot be answered, or is not bound yet.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(1);
+/// Between two looks at whether the program still has what is kept for it; more where looking takes long.
+const CLOSED_INTERVAL: Duration = Duration::from_secs(5);
+/// How many times as long as a look the pause after it is at least.
+const CLOSED_COST: u32 = 200;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    /// The kernel does what was asked for.
+    Pass,
+    /// It is done.
+    Done,
+    /// Another worker is just doing it.
+    Later,
+}
+
+impl Supervisor {
+    pub(super) fn on_interception(&mut self, id: WorkerId, events: PollFlags) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(call) = worker.interception.as_mut().and_then(|interception| interception.next(events)) else {
+            return;
+        };
+        worker.last_call = Some(Instant::now());
+        self.answer_call(id, call);
+    }
+
+    /// Calls that waited for another worker.
+    pub(super) fn answer_waiting_calls(&mut self) {
+        let waiting = |worker: &mut crate::supervisor::worker::Worker| {
+            worker
+                .interception
+                .as_mut()
+                .map(|interception| std::mem::take(&mut interception.waiting))
+                .unwrap_or_default()
+        };
+        let calls: Vec<(WorkerId, Notification)> = self
+            .workers
+            .iter_mut()
+            .flat_map(|(id, worker)| waiting(worker).into_iter().map(|call| (*id, call)))
+            .collect();
+        for (id, call) in calls {
+            self.answer_call(id, call);
+        }
+    }
+
+    fn answer_call(&mut self, id: WorkerId, call: Notification) {
+        let answer = self.decide(id, &call).unwrap_or_else(|error| {
+            log::debug!("thread {} is left to the kernel: {error}", call.thread);
+            Answer::Pass
+        });
+        let Some(interception) = self.workers.get_mut(&id).and_then(|worker| worker.interception.as_mut()) else {
+            return;
+        };
+        let Some(filter) = interception.filter() else { return };
+        match answer {
+            Answer::Pass => call.let_pass(filter),
+            Answer::Done => call.succeed(filter),
+            Answer::Later if call.is_valid(filter) => interception.waiting.push(call),
+            Answer::Later => {}
+        }
+    }
+
+    fn decide(&mut self, id: WorkerId, call: &Notification) -> io::Result<Answer> {
+        let Some(number) = call.number else {
+            log::warn!(
+                "thread {} runs a 32-bit program: what it listens on is not kept for its next build",
+                call.thread
+            );
+            return Ok(Answer::Pass);
+        };
+        let Some(worker) = self.workers.get(&id) else { return Ok(Answer::Pass) };
+        let Some(filter) = worker.interception.as_ref().and_then(|interception| interception.filter()) else {
+            return Ok(Answer::Pass);
+        };
+        // From then on they are the program's own affair.
+        if matches!(self.machine.phase(), Phase::Draining | Phase::Ended) {
+            return Ok(Answer::Pass);
+        }
+        let caller = Caller::of_thread(call.thread)?;
+        let is_ours = caller.is_of(worker.pid) && call.is_valid(filter);
+        let [first, second, third, ..] = call.arguments;
+        let fd = |argument: u64| argument as u32 as RawFd;
+        match number {
+            _ if !is_ours => Ok(Answer::Pass),
+            libc::SYS_bind => {
+                let Some(address) = caller.address(second, third)? else { return Ok(Answer::Pass) };
+                self.bind(id, call, &caller, fd(first), address)
+            }
+            libc::SYS_listen => self.listen(id, call, &caller, fd(first), second as i32),
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_unlink => Ok(self.remove(&caller.path_at(None, first)?)),
+            libc::SYS_unlinkat if third & libc::AT_REMOVEDIR as u64 == 0 => {
+                let directory = Some(fd(first)).filter(|directory| *directory != libc::AT_FDCWD);
+                Ok(self.remove(&caller.path_at(directory, second)?))
+            }
+            _ => Ok(Answer::Pass),
+        }
+    }
+
+    fn bind(
+        &mut self,
+        id: WorkerId,
+        call: &Notification,
+        caller: &Caller,
+        number: RawFd,
+        address: Address,
+    ) -> io::Result<Answer> {
+        let own = caller.fd(number)?;
+        let Some(kind) = kind_of(own.as_fd())? else { return Ok(Answer::Pass) };
+        let cookie = SockRef::from(&own).cookie()?;
+        if self.sockets.kept.is_kept(cookie) {
+            // A signal has interrupted the call, and it is made again; unless it is not bound yet.
+            let is_bound = Address::of(own.as_fd()).is_ok_and(|bound| !is_any_port(&bound));
+            return Ok(if is_bound { Answer::Done } else { Answer::Pass });
+        }
+        if is_any_port(&address) {
+            if kind == Kind::Tcp {
+                self.sockets.kept.expect_any_port(cookie);
+            }
+            return Ok(Answer::Pass);
+        }
+        if let Some(named) = self.sockets.named_at(kind, &address) {
+            return self.give(id, call, caller, own.as_fd(), named.as_fd(), &address);
+        }
+        let held = self.held_by(id);
+        match self.sockets.kept.find(kind, &address, |inode| held.contains(&inode)) {
+            Found::NotYet => Ok(Answer::Later),
+            Found::Socket(socket) => {
+                let kept = socket.fd().try_clone_to_owned()?;
+                self.give(id, call, caller, own.as_fd(), kept.as_fd(), &address)
+            }
+            Found::Nothing => {
+                if let Some(kept) = self.sockets.kept.overlap(kind, &address) {
+                    log::warn!(
+                        "process {} binds {address}, which overlaps {kept}: the kernel may refuse that",
+                        caller.pid
+                    );
+                }
+                // A program that serves binds datagram sockets for its own requests.
+                if matches!(kind, Kind::Tcp | Kind::Unix) || self.is_starting(id) {
+                    self.sockets.kept.expect(own, address)?;
+                }
+                Ok(Answer::Pass)
+            }
+        }
+    }
+
+    fn listen(
+        &mut self,
+        id: WorkerId,
+        call: &Notification,
+        caller: &Caller,
+        number: RawFd,
+        backlog: i32,
+    ) -> io::Result<Answer> {
+        let own = caller.fd(number)?;
+        let Some(kind) = kind_of(own.as_fd())? else {
+            log::warn!("process {} listens on a socket of a kind that is not kept for its next build", caller.pid);
+            return Ok(Answer::Pass);
+        };
+        let socket = SockRef::from(&own);
+        let cookie = socket.cookie()?;
+        let any_port = self.sockets.kept.take_any_port(cookie);
+        if self.sockets.kept.is_kept(cookie) || socket.is_listener()? {
+            // The kernel sets the length of the queue that is asked for now.
+            return Ok(Answer::Pass);
+        }
+        let Ok(address) = Address::of(own.as_fd()) else { return Ok(Answer::Pass) };
+        if any_port {
+            let held = self.held_by(id);
+            if let Found::Socket(socket) =
+                self.sockets.kept.find_any_port(kind, &address, |inode| held.contains(&inode))
+            {
+                let kept = socket.fd().try_clone_to_owned()?;
+                let answer = self.give(id, call, caller, own.as_fd(), kept.as_fd(), &address)?;
+                SockRef::from(&kept).listen(backlog)?;
+                return Ok(answer);
+            }
+        }
+        let address = match address {
+            Address::Path(path) => Address::Path(caller.path(None, &path)),
+            other => other,
+        };
+        self.sockets.kept.expect_to_listen(own, address, any_port)?;
+        Ok(Answer::Pass)
+    }
+
+    /// Puts the kept socket in the place of the one that the program has just made, wherever it has that.
+    fn give(
+        &self,
+        id: WorkerId,
+        call: &Notification,
+        caller: &Caller,
+        own: BorrowedFd<'_>,
+        kept: BorrowedFd<'_>,
+        address: &Address,
+    ) -> io::Result<Answer> {
+        let filter = self.workers.get(&id).and_then(|worker| worker.interception.as_ref()?.filter());
+        let Some(filter) = filter else { return Ok(Answer::Pass) };
+        for option in carry_options_over(own, kept) {
+            log::warn!("process {} binds {address} with another {option} than before: it stays as it was", caller.pid);
+        }
+        for (number, cloexec) in caller.numbers_of(nix::sys::stat::fstat(own)?.st_ino) {
+            call.replace_fd(filter, kept, number, cloexec).inspect_err(|error| {
+                log::error!("process {} cannot be given the socket at {address}: {error}", caller.pid);
+            })?;
+        }
+        log::debug!("process {} is given the socket at {address}", caller.pid);
+        Ok(Answer::Done)
+    }
+
+    /// A path that clients know stays, whoever removes it, as long as it is served.
+    fn remove(&self, path: &std::path::Path) -> Answer {
+        if self.sockets.is_at(path) { Answer::Done } else { Answer::Pass }
+    }
+
+    fn is_starting(&self, id: WorkerId) -> bool {
+        self.machine.worker(id).is_some_and(|worker| worker.is_starting())
+    }
+
+    /// The inodes of all sockets of a worker and of what it has started.
+    fn held_by(&self, id: WorkerId) -> Vec<u64> {
+        self.workers.get(&id).map(|worker| family::sockets(worker.pid)).unwrap_or_default()
+    }
+
+    /// Closes what no process of the generation that serves has, and says what that was.
+    pub(super) fn close_unwanted(&mut self) -> Vec<String> {
+        let generation = self.machine.generation();
+        let serving = |worker: &crate::supervisor::machine::Worker| worker.generation == generation;
+        let serve = self.machine.workers().filter(|(_, worker)| serving(worker));
+        let (ids, stages): (Vec<WorkerId>, Vec<Stage>) = serve.map(|(id, worker)| (id, worker.stage)).unzip();
+        // One that is started again will ask for them.
+        if ids.len() < self.machine.wanted() || stages.iter().any(|stage| *stage != Stage::Ready) {
+            return vec![];
+        }
+        let held: Vec<u64> = ids.into_iter().flat_map(|id| self.held_by(id)).collect();
+        self.sockets.close_kept(|inode| held.contains(&inode), self.notifier.as_ref())
+    }
+
+    /// The new generation serves: what it has not asked for is closed. Says what it has kept, added and not asked for.
+    pub(super) fn take_stock(&mut self) -> Option<Claims> {
+        if !self.options.intercept {
+            return None;
+        }
+        let unclaimed = self.close_unwanted();
+        for address in &unclaimed {
+            log::info!("{address} is listened on no more: the new build has not asked for it");
+        }
+        let (kept, added) = self.sockets.kept.old_and_new();
+        self.look_for_closed_later();
+        Some(Claims { kept, added, unclaimed })
+    }
+
+    pub(super) fn look_for_closed_later(&mut self) {
+        self.timers.closed = self.options.intercept.then(|| Instant::now() + CLOSED_INTERVAL);
+    }
+
+    /// A program may close what it listens on while it serves. Then clients are to be refused, not left waiting.
+    pub(super) fn look_for_closed(&mut self) {
+        let begun = Instant::now();
+        if self.machine.phase() == Phase::Serving {
+            for address in self.close_unwanted() {
+                log::info!("{address} is listened on no more: the program has closed it");
+            }
+        }
+        self.timers.closed = Some(Instant::now() + CLOSED_INTERVAL.max(CLOSED_COST * begun.elapsed()));
+    }
+
+    /// When a call that waits is looked at again, or a socket that is being bound.
+    pub(super) fn next_settling(&self) -> Option<Instant> {
+        let waits = |worker: &crate::supervisor::worker::Worker| {
+            worker.interception.as_ref().is_some_and(|interception| !interception.waiting.is_empty())
+        };
+        self.workers.values().any(waits).then(|| Instant::now() + SETTLE_INTERVAL)
+    }
+}
+
+fn is_any_port(address: &Address) -> bool {
+    matches!(address, Address::Ip(ip) if ip.port() == 0)
+}

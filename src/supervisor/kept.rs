@@ -1,0 +1,403 @@
+//! The sockets that a program has bound by itself, kept for its next generation.
+//!
+//! Each is a copy of the program's own socket, so its queue lives on whoever ends. A later generation that binds the same
+//! address is given it in place of its own.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use socket2::SockRef;
+
+use crate::control::ListenerStatus;
+use crate::listeners::{Address, Inherited, identity_of, kind_of};
+use crate::protocol::{Kind, PathIdentity};
+use crate::saved::path;
+use crate::sys;
+
+/// What the kernel has not done after that time it has refused.
+const BIND_TIMEOUT: Duration = Duration::from_secs(1);
+/// Of the names that they have in a service manager's store.
+const NAME: &str = "kept-";
+const NAME_OF_ANY_PORT: &str = "kept-any-port-";
+
+#[derive(Default)]
+pub(super) struct Kept {
+    /// In the order in which they were bound.
+    sockets: Vec<KeptSocket>,
+    /// Names that were given.
+    count: u64,
+    /// Sockets, by their cookies, that were bound to any port. Whether they listen is not known yet.
+    of_any_port: Vec<u64>,
+}
+
+pub(super) struct KeptSocket {
+    name: String,
+    kind: Kind,
+    /// A path as this process sees it.
+    address: Address,
+    /// The kernel chose the port.
+    any_port: bool,
+    cookie: u64,
+    inode: u64,
+    identity: Option<PathIdentity>,
+    stage: Stage,
+    /// No generation that was committed has it yet.
+    is_new: bool,
+    fd: OwnedFd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The program is about to bind it.
+    Asked {
+        until: Instant,
+    },
+    /// Of a stream socket: it does not listen yet.
+    Bound,
+    Serving,
+}
+
+/// What there is for a program that binds an address.
+pub(super) enum Found<'a> {
+    Nothing,
+    /// Another worker is just binding it.
+    NotYet,
+    Socket(&'a KeptSocket),
+}
+
+impl KeptSocket {
+    fn new(name: String, fd: OwnedFd, address: Address, any_port: bool, stage: Stage) -> io::Result<Option<Self>> {
+        let Some(kind) = kind_of(fd.as_fd())? else { return Ok(None) };
+        let cookie = SockRef::from(&fd).cookie()?;
+        let inode = inode_of(fd.as_fd())?;
+        Ok(Some(Self { name, kind, address, any_port, cookie, inode, identity: None, stage, is_new: true, fd }))
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Where clients find it, if that is a path that it has made.
+    pub(super) fn path(&self) -> Option<(PathBuf, PathIdentity)> {
+        match (&self.address, self.identity) {
+            (Address::Path(path), Some(identity)) => Some((path.clone(), identity)),
+            _ => None,
+        }
+    }
+
+    fn serves(&self) -> bool {
+        self.stage == Stage::Serving
+    }
+
+    /// Looks at what has become of it. False: it is not kept.
+    fn settle(&mut self, now: Instant) -> bool {
+        let socket = SockRef::from(&self.fd);
+        if let Stage::Asked { until } = self.stage {
+            match Address::of(self.fd.as_fd()) {
+                Ok(Address::Ip(ip)) if ip.port() == 0 => return until > now,
+                Err(_) => return until > now,
+                // Of a path it says what the program has said.
+                Ok(Address::Path(_)) => {}
+                Ok(address) => self.address = address,
+            }
+            self.stage = Stage::Bound;
+        }
+        if self.stage == Stage::Bound {
+            let serves = match self.kind {
+                Kind::Tcp | Kind::Unix => socket.is_listener().unwrap_or(false),
+                Kind::Udp | Kind::UnixDatagram => true,
+            };
+            if serves {
+                self.stage = Stage::Serving;
+            }
+        }
+        if let (Address::Path(path), None, Stage::Serving) = (&self.address, self.identity, self.stage) {
+            self.identity = identity_of(path).ok();
+        }
+        // One that has a peer is a client's, wherever it was bound.
+        socket.peer_addr().is_err()
+    }
+}
+
+impl Kept {
+    /// What a service manager has kept for us, or nothing.
+    pub(super) fn is_name_of_ours(name: &str) -> bool {
+        name.starts_with(NAME)
+    }
+
+    fn name(&mut self, any_port: bool) -> String {
+        self.count += 1;
+        format!("{}{}", if any_port { NAME_OF_ANY_PORT } else { NAME }, self.count)
+    }
+
+    fn enter(&mut self, fd: OwnedFd, address: Address, any_port: bool, stage: Stage) -> io::Result<()> {
+        let name = self.name(any_port);
+        self.sockets.extend(KeptSocket::new(name, fd, address, any_port, stage)?);
+        Ok(())
+    }
+
+    /// The program is about to bind its socket.
+    pub(super) fn expect(&mut self, fd: OwnedFd, address: Address) -> io::Result<()> {
+        let until = Instant::now() + BIND_TIMEOUT;
+        self.enter(fd, address, false, Stage::Asked { until })
+    }
+
+    /// The program is about to bind it to whatever port is free.
+    pub(super) fn expect_any_port(&mut self, cookie: u64) {
+        // What is never listened on would be remembered for ever.
+        const REMEMBERED_MAX: usize = 256;
+        if self.of_any_port.len() >= REMEMBERED_MAX {
+            self.of_any_port.remove(0);
+        }
+        self.of_any_port.push(cookie);
+    }
+
+    /// Whether the socket was bound to any port, and does not listen yet. It is asked once.
+    pub(super) fn take_any_port(&mut self, cookie: u64) -> bool {
+        let place = self.of_any_port.iter().position(|one| *one == cookie);
+        place.map(|place| self.of_any_port.remove(place)).is_some()
+    }
+
+    /// The program is about to listen on its socket.
+    pub(super) fn expect_to_listen(&mut self, fd: OwnedFd, address: Address, any_port: bool) -> io::Result<()> {
+        self.enter(fd, address, any_port, Stage::Bound)
+    }
+
+    /// A server that is taken over listens on it.
+    pub(super) fn take_over(&mut self, fd: OwnedFd, address: Address) -> io::Result<()> {
+        self.enter(fd, address, false, Stage::Bound)?;
+        self.settle();
+        Ok(())
+    }
+
+    pub(super) fn is_kept(&self, cookie: u64) -> bool {
+        self.sockets.iter().any(|socket| socket.cookie == cookie)
+    }
+
+    /// What is bound to that address and not held yet by the worker that asks.
+    pub(super) fn find(&mut self, kind: Kind, address: &Address, is_held: impl Fn(u64) -> bool) -> Found<'_> {
+        self.settle();
+        let matching = |socket: &&KeptSocket| socket.kind == kind && !socket.any_port && socket.address == *address;
+        Self::free(self.sockets.iter().filter(matching), is_held)
+    }
+
+    /// The first that the kernel has chosen a port for, at that address.
+    pub(super) fn find_any_port(&mut self, kind: Kind, address: &Address, is_held: impl Fn(u64) -> bool) -> Found<'_> {
+        self.settle();
+        let ip = |address: &Address| match address {
+            Address::Ip(ip) => Some(ip.ip()),
+            _ => None,
+        };
+        let matching =
+            |socket: &&KeptSocket| socket.kind == kind && socket.any_port && ip(&socket.address) == ip(address);
+        Self::free(self.sockets.iter().filter(matching), is_held)
+    }
+
+    fn free<'a>(mut sockets: impl Iterator<Item = &'a KeptSocket>, is_held: impl Fn(u64) -> bool) -> Found<'a> {
+        match sockets.find(|socket| !is_held(socket.inode)) {
+            None => Found::Nothing,
+            Some(KeptSocket { stage: Stage::Asked { .. }, .. }) => Found::NotYet,
+            Some(socket) => Found::Socket(socket),
+        }
+    }
+
+    /// Another address that the kernel will not let anybody bind beside this one.
+    pub(super) fn overlap(&self, kind: Kind, address: &Address) -> Option<&Address> {
+        let Address::Ip(wanted) = address else { return None };
+        self.sockets.iter().filter(|socket| socket.kind == kind).map(|socket| &socket.address).find(|kept| match kept {
+            Address::Ip(kept) => {
+                kept.port() == wanted.port()
+                    && kept.ip() != wanted.ip()
+                    && (kept.ip().is_unspecified() || wanted.ip().is_unspecified())
+            }
+            _ => false,
+        })
+    }
+
+    /// Looks at what has become of those that were to be bound.
+    pub(super) fn settle(&mut self) {
+        let now = Instant::now();
+        self.sockets.retain_mut(|socket| socket.settle(now));
+    }
+
+    fn serving(&self) -> impl Iterator<Item = &KeptSocket> {
+        self.sockets.iter().filter(|socket| socket.serves())
+    }
+
+    /// Whether a path would have to be guarded, as far as it is known.
+    pub(super) fn may_have_path(&self) -> bool {
+        self.sockets.is_empty() || self.sockets.iter().any(|socket| matches!(socket.address, Address::Path(_)))
+    }
+
+    /// Whether clients find one of them by that path.
+    pub(super) fn is_at(&self, path: &Path) -> bool {
+        let here = identity_of(path).ok();
+        here.is_some() && self.sockets.iter().any(|socket| socket.identity == here)
+    }
+
+    /// Address and inode.
+    pub(super) fn inodes(&self) -> impl Iterator<Item = (String, u64)> {
+        self.serving().map(|socket| (socket.address.to_string(), socket.inode))
+    }
+
+    pub(super) fn addresses(&self) -> impl Iterator<Item = Address> {
+        // As the kernel names them: a path may be relative to the directory of the program.
+        self.serving().filter_map(|socket| Address::of(socket.fd.as_fd()).ok())
+    }
+
+    /// Name and fd.
+    pub(super) fn fds(&self) -> impl Iterator<Item = (&str, BorrowedFd<'_>)> {
+        self.serving().map(|socket| (socket.name.as_str(), socket.fd.as_fd()))
+    }
+
+    pub(super) fn status(&self) -> impl Iterator<Item = ListenerStatus> {
+        self.serving().map(|socket| ListenerStatus {
+            name: socket.name.clone(),
+            kind: socket.kind,
+            address: socket.address.to_string(),
+            cookie: socket.cookie,
+            source: "intercepted".to_owned(),
+            queue: crate::engine::queue_of(socket.kind, socket.fd.as_fd()),
+            waited_on: true,
+        })
+    }
+
+    /// Where those are that the generation before had too, and those that it had not. From now on none is new.
+    pub(super) fn old_and_new(&mut self) -> (Vec<String>, Vec<String>) {
+        let (mut old, mut new) = (Vec::new(), Vec::new());
+        for socket in self.sockets.iter_mut().filter(|socket| socket.serves()) {
+            let which = if std::mem::take(&mut socket.is_new) { &mut new } else { &mut old };
+            which.push(socket.address.to_string());
+        }
+        (old, new)
+    }
+
+    /// Takes out those that fail the test.
+    pub(super) fn retain(&mut self, is_wanted: impl Fn(u64) -> bool) -> Vec<KeptSocket> {
+        self.settle();
+        let (kept, closed) = std::mem::take(&mut self.sockets).into_iter().partition(|socket| is_wanted(socket.inode));
+        self.sockets = kept;
+        closed
+    }
+
+    /// Where clients find those that have a path.
+    pub(super) fn paths(&self) -> Vec<(PathBuf, PathIdentity)> {
+        self.sockets.iter().filter_map(KeptSocket::path).collect()
+    }
+
+    pub(super) fn saved(&self) -> Vec<SavedKept> {
+        let path = |socket: &KeptSocket| match &socket.address {
+            Address::Path(path) => Some(path.clone()),
+            _ => None,
+        };
+        let saved = |socket: &KeptSocket| SavedKept {
+            name: socket.name.clone(),
+            any_port: socket.any_port,
+            path: path(socket),
+            fd: socket.fd.as_raw_fd(),
+        };
+        self.sockets.iter().map(saved).collect()
+    }
+
+    /// Of all that are saved.
+    pub(super) fn saved_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.sockets.iter().map(KeptSocket::fd)
+    }
+
+    pub(super) fn resume(saved: Vec<SavedKept>) -> io::Result<Self> {
+        let mut kept = Self::default();
+        for SavedKept { name, any_port, path, fd: number } in saved {
+            let fd = sys::fd_from_environment(number);
+            let fd = fd.ok_or_else(|| io::Error::other(format!("`{name}` is not open")))?;
+            kept.go_on_with(name, fd, path, any_port)?;
+        }
+        Ok(kept)
+    }
+
+    /// One that a service manager has kept, if it is one of these.
+    pub(super) fn take_stored(&mut self, stored: Inherited) -> io::Result<()> {
+        let any_port = stored.name.starts_with(NAME_OF_ANY_PORT);
+        let path = match stored.address {
+            Address::Path(path) => Some(path),
+            _ => None,
+        };
+        self.go_on_with(stored.name, stored.fd, path, any_port)
+    }
+
+    fn go_on_with(&mut self, name: String, fd: OwnedFd, path: Option<PathBuf>, any_port: bool) -> io::Result<()> {
+        let of_name = name.trim_start_matches(|letter: char| !letter.is_ascii_digit()).parse().unwrap_or(0);
+        self.count = self.count.max(of_name);
+        let address = path.map_or_else(|| Address::of(fd.as_fd()), |path| Ok(Address::Path(path)))?;
+        let socket = KeptSocket::new(name, fd, address, any_port, Stage::Bound)?;
+        self.sockets.extend(socket.map(|socket| KeptSocket { is_new: false, ..socket }));
+        self.settle();
+        Ok(())
+    }
+}
+
+/// A socket as the next build of this process finds it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SavedKept {
+    name: String,
+    any_port: bool,
+    #[serde(with = "path::option")]
+    path: Option<PathBuf>,
+    fd: RawFd,
+}
+
+fn inode_of(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    Ok(nix::sys::stat::fstat(socket)?.st_ino)
+}
+
+/// Gives a kept socket the options that a program has set on its own before it bound that, and says which cannot be given
+/// any more.
+pub(super) fn carry_options_over(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Vec<&'static str> {
+    let (own, kept) = (SockRef::from(&from), SockRef::from(&to));
+    let mut different = Vec::new();
+    // The mode is shared with the generation before: one that waits in `accept` goes on in either, and one that polls
+    // must not block. So it is only ever made non-blocking.
+    if own.nonblocking().unwrap_or(false) && !kept.nonblocking().unwrap_or(true) {
+        let _ = kept.set_nonblocking(true);
+    }
+    macro_rules! carry {
+        ($get:ident, $set:ident) => {
+            if let (Ok(wanted), Ok(now)) = (own.$get(), kept.$get()) {
+                if wanted != now {
+                    let _ = kept.$set(wanted);
+                }
+            }
+        };
+    }
+    carry!(keepalive, set_keepalive);
+    carry!(tcp_nodelay, set_tcp_nodelay);
+    // The kernel doubles what it is told, and says the double (socket(7)).
+    if let (Ok(wanted), Ok(now)) = (own.recv_buffer_size(), kept.recv_buffer_size()) {
+        if wanted != now {
+            let _ = kept.set_recv_buffer_size(wanted / 2);
+        }
+    }
+    if let (Ok(wanted), Ok(now)) = (own.send_buffer_size(), kept.send_buffer_size()) {
+        if wanted != now {
+            let _ = kept.set_send_buffer_size(wanted / 2);
+        }
+    }
+    // These are what the address means, and were decided on when the socket was bound.
+    if matches!((own.only_v6(), kept.only_v6()), (Ok(wanted), Ok(now)) if wanted != now) {
+        different.push("IPV6_V6ONLY");
+    }
+    if matches!((own.reuse_port(), kept.reuse_port()), (Ok(wanted), Ok(now)) if wanted != now) {
+        different.push("SO_REUSEPORT");
+    }
+    different
+}

@@ -1,0 +1,204 @@
+//! A running server, started by whomever, that a program under this supervisor is to replace: its sockets, and its end.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+use socket2::SockRef;
+
+use super::caller::Caller;
+use super::family;
+use super::listen::Listen;
+use crate::error::{Error, ErrorKind};
+use crate::listeners::{Address, identity_of, kind_of};
+use crate::protocol::{Kind, PathIdentity};
+use crate::{saved, sys};
+
+/// The server, until it has ended.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct TakenOver {
+    #[serde(with = "saved::pid")]
+    pub(super) pid: Pid,
+    #[serde(with = "saved::fd")]
+    process: OwnedFd,
+    /// Told to stop; None: not yet, or it may take for ever.
+    #[serde(with = "saved::moment::option")]
+    pub(super) deadline: Option<Instant>,
+    pub(super) is_told: bool,
+    /// Connections that it had when it was last counted.
+    pub(super) open: usize,
+    #[serde(skip)]
+    guards: Vec<Guard>,
+}
+
+/// A socket of it.
+pub(super) struct Taken {
+    pub(super) fd: OwnedFd,
+    pub(super) address: Address,
+}
+
+impl TakenOver {
+    /// The server with all that it listens on, or with those of its sockets that are `wanted`.
+    pub(super) fn find(pid: i32, wanted: &[Listen]) -> Result<(Self, Vec<Taken>), Error> {
+        let tried = format!("take over process {pid}");
+        let pid = Pid::from_raw(pid);
+        let process = sys::pidfd_open(pid).map_err(|error| Error::io(&tried, error))?;
+        let mut inodes = HashSet::new();
+        let mut found = Vec::new();
+        for member in family::of(pid) {
+            let listening = listening(member, &mut inodes).map_err(|error| {
+                let denied = error.kind() == io::ErrorKind::PermissionDenied;
+                let error = Error::io(&tried, error);
+                if denied {
+                    error.mend(
+                        "its sockets may be taken by root, or by its own user if it is dumpable and Yama allows it \
+                         (sysctl kernel.yama.ptrace_scope=0); see ptrace(2)",
+                    )
+                } else {
+                    error
+                }
+            })?;
+            found.extend(listening);
+        }
+        if let Some(missing) = wanted.iter().find(|one| !found.iter().any(|taken| is_it(taken, one))) {
+            let have: Vec<String> = found.iter().map(|(_, taken)| taken.address.to_string()).collect();
+            let cause = format!("it does not listen on {}; it does on {}", missing.address, have.join(", "));
+            return Err(Error::new(ErrorKind::Invalid, tried, cause));
+        }
+        found.retain(|taken| wanted.is_empty() || wanted.iter().any(|one| is_it(taken, one)));
+        if found.is_empty() {
+            let error = Error::new(ErrorKind::Invalid, tried, "neither it nor what it has started listens on anything");
+            return Err(error.mend("`ss -lnp` shows which process listens where"));
+        }
+        let guards = vec![];
+        let server = Self { pid, process, deadline: None, is_told: false, open: 0, guards };
+        Ok((server, found.into_iter().map(|(_, taken)| taken).collect()))
+    }
+
+    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(self.process.as_fd())
+    }
+
+    /// Of the directories of its paths.
+    pub(super) fn watched(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.guards.iter().map(|guard| guard.watch.as_fd())
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        crate::poll::wait(self.process.as_fd(), nix::poll::PollFlags::POLLIN, Some(Instant::now())).unwrap_or(false)
+    }
+
+    /// Tells it to stop. Most servers remove their paths then, which belong to the new one by now.
+    pub(super) fn tell_to_stop(
+        &mut self,
+        signal: Signal,
+        deadline: Option<Instant>,
+        paths: Vec<(PathBuf, PathIdentity)>,
+    ) {
+        for (path, identity) in paths {
+            match Guard::new(path.clone(), identity) {
+                Ok(guard) => self.guards.push(guard),
+                Err(error) => log::warn!("{} is lost if process {} removes it: {error}", path.display(), self.pid),
+            }
+        }
+        self.is_told = true;
+        self.deadline = deadline;
+        // ESRCH: it has just ended.
+        let _ = sys::pidfd_send_signal(self.process.as_fd(), signal);
+    }
+
+    /// Puts back what it has removed.
+    pub(super) fn keep_paths(&mut self) {
+        self.guards.iter_mut().for_each(Guard::look);
+    }
+
+    /// With everything that it has started.
+    pub(super) fn kill(&mut self) {
+        let family = family::of(self.pid);
+        let _ = sys::pidfd_send_signal(self.process.as_fd(), Signal::SIGKILL);
+        for pid in family.into_iter().filter(|pid| *pid != self.pid) {
+            let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
+        }
+        self.deadline = None;
+    }
+}
+
+fn is_it((kind, taken): &(Kind, Taken), wanted: &Listen) -> bool {
+    *kind == wanted.kind && taken.address == wanted.address
+}
+
+/// What a process serves on, but for sockets that are known already.
+fn listening(pid: Pid, known: &mut HashSet<u64>) -> io::Result<Vec<(Kind, Taken)>> {
+    // One that has just ended.
+    let Ok(caller) = Caller::of_thread(pid) else { return Ok(vec![]) };
+    let mut found = Vec::new();
+    for (number, link) in family::fds(pid)? {
+        let Some(inode) = family::socket_inode(&link).filter(|inode| !known.contains(inode)) else { continue };
+        let fd = match caller.fd(number) {
+            // It has just closed it.
+            Err(error) if error.raw_os_error() == Some(libc::EBADF) => continue,
+            fd => fd?,
+        };
+        let Some(kind) = kind_of(fd.as_fd())? else { continue };
+        let socket = SockRef::from(&fd);
+        let Ok(address) = Address::of(fd.as_fd()) else { continue };
+        let serves = match kind {
+            Kind::Tcp | Kind::Unix => socket.is_listener()?,
+            Kind::Udp | Kind::UnixDatagram => socket.peer_addr().is_err(),
+        };
+        if serves {
+            known.insert(inode);
+            let address = match address {
+                Address::Path(path) => Address::Path(caller.path(None, &path)),
+                other => other,
+            };
+            found.push((kind, Taken { fd, address }));
+        }
+    }
+    Ok(found)
+}
+
+/// Keeps a path that a process removes which cannot be stopped from it: a second link to the socket stands beside it.
+#[derive(Debug)]
+struct Guard {
+    path: PathBuf,
+    identity: PathIdentity,
+    link: PathBuf,
+    watch: Inotify,
+}
+
+impl Guard {
+    fn new(path: PathBuf, identity: PathIdentity) -> io::Result<Self> {
+        let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        };
+        let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        watch.add_watch(directory, AddWatchFlags::IN_DELETE | AddWatchFlags::IN_MOVED_FROM)?;
+        let link = directory.join(format!(".{}.handover-{}", name.display(), std::process::id()));
+        std::fs::hard_link(&path, &link)?;
+        Ok(Self { path, identity, link, watch })
+    }
+
+    fn look(&mut self) {
+        while self.watch.read_events().is_ok_and(|events| !events.is_empty()) {}
+        let is_missing = identity_of(&self.path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+        if is_missing && identity_of(&self.link).is_ok_and(|now| now == self.identity) {
+            if let Err(error) = std::fs::hard_link(&self.link, &self.path) {
+                log::error!("cannot put {} back: {error}", self.path.display());
+            }
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.look();
+        let _ = std::fs::remove_file(&self.link);
+    }
+}
