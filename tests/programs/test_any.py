@@ -37,6 +37,10 @@ def gunicorn(bind: str) -> List[str]:
     ]
 
 
+def starman(workers: int, port: str) -> List[str]:
+    return ["starman", "--workers", str(workers), "--listen", f"127.0.0.1:{port}", program("app.psgi")]
+
+
 def all_of(kinds: Any, counts: Dict[str, int]) -> int:
     return sum(counts[kind] for kind in kinds)
 
@@ -154,6 +158,16 @@ class AnyProgram(unittest.TestCase):
     def test_java(self) -> None:
         self.loses_nothing(Intercepted(self, [], "java", program("Served.java"), str(free_port())), *NEW)
         self.compared("TERM", [], "java", program("Served.java"), "@PORT@")
+
+    @needs("starman")
+    def test_starman(self) -> None:
+        service = Intercepted(self, ["--stop-signal", "QUIT"], *starman(4, str(free_port())))
+        self.upgraded(service, *NEW, *SLOW)
+        self.compared("QUIT", [], *starman(4, "@PORT@"))
+
+    def test_a_listener_that_is_shut_down_serves_on_for_the_others(self) -> None:
+        service = Intercepted(self, ["--workers", "2"], "python3", program("shuts.py"), str(free_port()))
+        self.loses_nothing(service, *NEW)
 
 
 if __name__ == "__main__":
