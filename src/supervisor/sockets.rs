@@ -116,6 +116,12 @@ impl Sockets {
         self.entries().map(|entry| entry.address.clone()).chain(self.kept.addresses()).collect()
     }
 
+    /// Where the one is that [`inodes`](Self::inodes) names so.
+    pub(super) fn address_of(&self, name: &str) -> Option<Address> {
+        let named = self.entries().find(|entry| entry.name == name).map(|entry| entry.address.clone());
+        named.or_else(|| self.kept.addresses().find(|address| address.to_string() == name))
+    }
+
     pub(super) fn status(&self) -> Vec<ListenerStatus> {
         self.listeners.entries().map(listener_status).chain(self.kept.status()).collect()
     }

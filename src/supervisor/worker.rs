@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::build::Build;
+use super::connections;
 use super::conversation::{Conversation, Terms};
 use super::interception::Interception;
 use super::node_channel::NodeChannel;
@@ -21,12 +22,15 @@ use super::seen::Look;
 use super::sockets::{FIRST_FD, Sockets};
 use super::trampoline;
 use crate::error::Error;
+use crate::listeners::Address;
 use crate::protocol::CHANNEL_VARIABLE;
 use crate::{saved, sys};
 
 /// Looking costs; the longer it takes, the less it matters that it is seen at once.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(50);
+/// Before that most are seen to wait.
+const BUSY_AFTER: Duration = Duration::from_millis(200);
 
 #[derive(Serialize, Deserialize)]
 pub(super) struct Worker {
@@ -232,6 +236,20 @@ impl Worker {
         self.denied = look.denied.is_some();
         let names: Vec<&str> = listeners.iter().map(|(name, _)| name.as_str()).collect();
         (self.missing.is_empty() && !names.is_empty()).then(|| format!("waits on {}", names.join(", ")))
+    }
+
+    /// One whose processes are all busy waits nowhere, but has accepted. Only after `look`; it costs more.
+    pub(super) fn look_for_accepted(&mut self, address_of: impl Fn(&str) -> Option<Address>) {
+        if self.proof.is_some() || self.missing.is_empty() || self.spawned.elapsed() < BUSY_AFTER {
+            return;
+        }
+        let has_accepted = |name: &String| {
+            let address = address_of(name);
+            address.is_some_and(|address| connections::open(&[self.pid], &[address]) != [0])
+        };
+        if self.missing.iter().all(has_accepted) {
+            self.proof = Some(format!("has accepted on {}", self.missing.join(", ")));
+        }
     }
 
     /// Why it is not ready yet, as far as it can be told.

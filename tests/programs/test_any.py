@@ -12,7 +12,7 @@ import unittest
 from typing import Any, Dict, List, Union
 
 from alone import Restarted
-from lab import HERE, Intercepted, built, free_port, needs, program
+from lab import HERE, Intercepted, built, free_port, needs, program, wait_for
 
 UPGRADES = int(os.environ.get("HANDOVER_UPGRADES", "10"))
 # Of what is compared, each alone and with us.
@@ -164,6 +164,15 @@ class AnyProgram(unittest.TestCase):
         service = Intercepted(self, ["--stop-signal", "QUIT"], *starman(4, str(free_port())))
         self.upgraded(service, *NEW, *SLOW)
         self.compared("QUIT", [], *starman(4, "@PORT@"))
+
+    @needs("starman")
+    def test_a_program_whose_processes_are_all_busy_is_ready(self) -> None:
+        service = Intercepted(self, ["--stop-signal", "QUIT"], *starman(1, str(free_port())))
+        # One is served by each generation, and the others wait.
+        oracle = service.oracle("--kept", "4")
+        wait_for("a connection is accepted", lambda: oracle.is_accepted(1))
+        service.upgrade("--ready-timeout", "10s")
+        oracle.stop()
 
     def test_a_listener_that_is_shut_down_serves_on_for_the_others(self) -> None:
         service = Intercepted(self, ["--workers", "2"], "python3", program("shuts.py"), str(free_port()))

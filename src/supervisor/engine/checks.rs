@@ -30,7 +30,11 @@ impl Supervisor {
         let is_left_to_command = unseen && self.options.ready == Ready::Any && self.options.ready_command.is_some();
         for id in starting {
             let Some(worker) = self.workers.get_mut(&id) else { continue };
+            let is_looked_at = worker.next_look.is_some_and(|next| next <= now);
             worker.look(&self.options, &listeners, now);
+            if is_looked_at {
+                worker.look_for_accepted(|name| self.sockets.address_of(name));
+            }
             if is_left_to_command {
                 worker.proof = Some("was started".to_owned());
             }
