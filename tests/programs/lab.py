@@ -179,7 +179,11 @@ def connect(address: str) -> socket.socket:
     if address.startswith("/"):
         client = socket.socket(socket.AF_UNIX)
         client.settimeout(PATIENCE_SECONDS)
-        client.connect(address)
+        try:
+            client.connect(address)
+        except OSError:
+            client.close()
+            raise
         return client
     host, port = address.rsplit(":", 1)
     return socket.create_connection((host.strip("[]"), int(port)), PATIENCE_SECONDS)
