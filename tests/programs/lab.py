@@ -162,10 +162,10 @@ class Intercepted(Supervised):
         return {listener["address"]: listener["cookie"] for listener in self.status()["listeners"]}
 
 
-def free_port() -> int:
+def free_port(among: range = range(10000, 30000)) -> int:
     """One that no client is given meanwhile: those of the kernel's choice are higher."""
     while True:
-        port = random.randrange(10000, 30000)
+        port = random.choice(among)
         with socket.socket(socket.AF_INET6) as probe:
             try:
                 probe.bind(("::", port))

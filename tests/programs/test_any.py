@@ -19,9 +19,13 @@ UPGRADES = int(os.environ.get("HANDOVER_UPGRADES", "10"))
 ROUNDS = max(UPGRADES // 2, 2)
 # Not as much as the machine can do, because that would only slow the programs' own start.
 NEW = ("--new", "4", "--rate", "300")
+# Each client connects again as soon as it has its answer.
+AT_ONCE = ("--new", "2")
 KEPT = ("--kept", "16", "--think", "2ms")
 SLOW = ("--slow", "2:1.5")
 CLIENTS = 8
+# None of a well-known service.
+PRIVILEGED = range(700, 1000)
 COMPARED = ("--new", "4", "--rate", "300", "--kept", str(CLIENTS))
 # What a program loses it loses as soon as it has the signal; the clients go on for so long.
 WATCHED_SECONDS = 0.3
@@ -134,7 +138,7 @@ class AnyProgram(unittest.TestCase):
     @needs(built("gunicorn/bin/gunicorn"))
     def test_gunicorn_at_a_path(self) -> None:
         service = Intercepted(self, [], *gunicorn("unix:@DIR@/http.sock"))
-        self.loses_nothing(service, *NEW, *SLOW)
+        self.loses_nothing(service, *AT_ONCE, *SLOW)
 
     def test_python_s_http_server(self) -> None:
         self.upgraded(Intercepted(self, [], program("files.sh"), "@DIR@", str(free_port())), *NEW)
@@ -152,7 +156,7 @@ class AnyProgram(unittest.TestCase):
     def test_nginx_at_a_path(self) -> None:
         options = ["--stop-signal", "QUIT"]
         service = Intercepted(self, options, program("debian-nginx.sh"), "@DIR@", "unix:@DIR@/http.sock")
-        self.loses_nothing(service, *NEW)
+        self.loses_nothing(service, *AT_ONCE)
 
     @needs("java")
     def test_java(self) -> None:
@@ -177,6 +181,16 @@ class AnyProgram(unittest.TestCase):
     def test_a_listener_that_is_shut_down_serves_on_for_the_others(self) -> None:
         service = Intercepted(self, ["--workers", "2"], "python3", program("shuts.py"), str(free_port()))
         self.loses_nothing(service, *NEW)
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root may give a program another user")
+    def test_a_privileged_port_for_a_program_that_may_not_bind_it(self) -> None:
+        port = str(free_port(PRIVILEGED))
+        listen = ["--listen", f"127.0.0.1:{port}", "--intercept", "on", "--user", "nobody"]
+        server = "require('http').createServer((_, response) => response.end(" \
+            "`gen=${process.env.HANDOVER_GENERATION} pid=${process.pid}`)).listen(%s, '127.0.0.1')" % port
+        service = Intercepted(self, listen, "node", "-e", server)
+        self.upgraded(service, *NEW)
+        self.assertEqual(list(service.cookies()), [f"127.0.0.1:{port}"])
 
 
 if __name__ == "__main__":
