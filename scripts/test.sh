@@ -7,9 +7,9 @@
 #   unit     the library's own tests and the examples in its documentation
 #   it       tests with real processes
 #   python   the protocol, played from each side by Python as docs/protocol.md tells it
-#   programs real programs under `handover exec`: in Node (Express, and as for pm2), Python (gunicorn), Go and Perl, and nginx
-#            and HAProxy where they are installed. HANDOVER_UPGRADES=N of each [20], HANDOVER_LONG_ROUNDS=N of requests
-#            of 15 s [1]
+#   programs real programs under `handover exec`: in Node (Express, and as for pm2), Python (gunicorn), Go, Java and Perl
+#            (starman), and nginx, HAProxy and redis where they are installed. HANDOVER_UPGRADES=N of each [20; 10 of those
+#            that bind their sockets by themselves], HANDOVER_LONG_ROUNDS=N of requests of 15 s [1]
 #   systemd  scripts/systemd-test.sh: the servers under a real systemd, in namespaces of its own
 #   fleet    scripts/fleet-test.sh: roll-outs to several machines with Ansible, in namespaces of their own
 #   demo     scripts/demo.sh
@@ -40,7 +40,8 @@ needs() {
         programs)
             echo python3:python3-venv node:nodejs perl:perl
             # Elsewhere the servers are not installed, since that starts them.
-            [[ ${CI:-} != true ]] || echo npm:npm go:golang-go nginx:nginx-light haproxy:haproxy
+            [[ ${CI:-} != true ]] || echo npm:npm go:golang-go java:default-jdk-headless starman:starman \
+                nginx:nginx-light haproxy:haproxy redis-server:redis-server
             ;;
         systemd) echo systemctl:systemd python3:python3 unshare:util-linux findmnt:util-linux ;;
         fleet)
@@ -52,13 +53,13 @@ needs() {
 }
 
 # To install one of these is to start it.
-daemons=' nginx-light haproxy openssh-server '
+daemons=' nginx-light haproxy redis-server openssh-server '
 
 # Those without which single tests of it say that they are left out.
 wants() {
     case $1 in
         it) echo zsh:zsh fish:fish ;;
-        programs) echo npm:npm go:golang-go ;;
+        programs) echo npm:npm go:golang-go java:default-jdk-headless starman:starman ;;
     esac
 }
 

@@ -190,6 +190,10 @@ impl Kept {
         Ok(())
     }
 
+    pub(super) fn has(&self, inode: u64) -> bool {
+        self.sockets.iter().any(|socket| socket.inode == inode)
+    }
+
     pub(super) fn is_kept(&self, cookie: u64) -> bool {
         self.sockets.iter().any(|socket| socket.cookie == cookie)
     }

@@ -107,6 +107,10 @@ impl Sockets {
         self.entries().filter_map(|entry| entry.socket.fd()).collect()
     }
 
+    pub(super) fn has(&self, inode: u64) -> bool {
+        self.kept.has(inode) || self.entries().any(|entry| inode_of(entry) == Some(inode))
+    }
+
     /// The same, once it was looked what has become of those that were being bound.
     pub(super) fn settled(&mut self) -> Vec<Watched> {
         self.kept.settle();

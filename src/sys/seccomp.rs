@@ -2,6 +2,7 @@
 //!
 //! The filter is a few instructions of classic BPF that look at nothing but the number of the call, so that the kernel
 //! remembers for every other number that it is allowed (its per-filter bitmap, Linux 5.11) and does not run it at all.
+//! Only of `shutdown` does it look at what is shut: the sending side is that of a connection.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -68,6 +69,12 @@ fn when(value: u32, then: &[libc::sock_filter]) -> Vec<libc::sock_filter> {
     section
 }
 
+/// The low half of an argument.
+fn argument(index: usize) -> usize {
+    let half = if cfg!(target_endian = "big") { 4 } else { 0 };
+    std::mem::offset_of!(libc::seccomp_data, args) + index * 8 + half
+}
+
 fn program(with_removals: bool) -> Vec<libc::sock_filter> {
     let notify = answer(libc::SECCOMP_RET_USER_NOTIF);
     let allow = answer(libc::SECCOMP_RET_ALLOW);
@@ -78,12 +85,16 @@ fn program(with_removals: bool) -> Vec<libc::sock_filter> {
     for call in [libc::SYS_bind, libc::SYS_listen].iter().chain(removals) {
         native.extend(when(*call as u32, &[notify]));
     }
+    let mut of_shutdown = vec![load(argument(1))];
+    of_shutdown.extend(when(libc::SHUT_WR as u32, &[allow]));
+    of_shutdown.push(notify);
+    native.extend(when(libc::SYS_shutdown as u32, &of_shutdown));
     native.push(allow);
     let mut foreign = vec![number];
     for call in arch::FOREIGN_CALLS.into_iter().filter(|call| *call != arch::SOCKETCALL) {
         foreign.extend(when(call, &[notify]));
     }
-    let mut of_socketcall = vec![load(std::mem::offset_of!(libc::seccomp_data, args))];
+    let mut of_socketcall = vec![load(argument(0))];
     for call in [SOCKETCALL_BIND, SOCKETCALL_LISTEN] {
         of_socketcall.extend(when(call, &[notify]));
     }
@@ -97,8 +108,8 @@ fn program(with_removals: bool) -> Vec<libc::sock_filter> {
     program
 }
 
-/// From now on `bind` and `listen` of this thread, and of all that it starts, wait for whoever has the fd that is
-/// returned; with `with_removals` also `unlink` and `unlinkat`.
+/// From now on `bind`, `listen` and `shutdown` (but of the sending side) of this thread, and of all that it starts, wait for
+/// whoever has the fd that is returned; with `with_removals` also `unlink` and `unlinkat`.
 ///
 /// Without CAP_SYS_ADMIN this sets no_new_privs, as the kernel demands (seccomp(2), EACCES).
 pub(crate) fn install_filter(with_removals: bool) -> io::Result<OwnedFd> {
@@ -245,7 +256,7 @@ mod tests {
     const ASKED: u32 = libc::SECCOMP_RET_USER_NOTIF;
 
     /// What the kernel makes of a call.
-    fn verdict(with_removals: bool, arch: u32, number: u32, first_argument: u32) -> u32 {
+    fn verdict(with_removals: bool, arch: u32, number: u32, argument: u32) -> u32 {
         let program = program(with_removals);
         let offsets = [std::mem::offset_of!(libc::seccomp_data, nr), std::mem::offset_of!(libc::seccomp_data, arch)];
         let (mut next, mut loaded) = (0, 0);
@@ -255,7 +266,7 @@ mod tests {
             match u32::from(instruction.code) & 0x07 {
                 libc::BPF_LD if instruction.k as usize == offsets[0] => loaded = number,
                 libc::BPF_LD if instruction.k as usize == offsets[1] => loaded = arch,
-                libc::BPF_LD => loaded = first_argument,
+                libc::BPF_LD => loaded = argument,
                 libc::BPF_ALU => loaded &= instruction.k,
                 libc::BPF_JMP => {
                     next += usize::from(if loaded == instruction.k { instruction.jt } else { instruction.jf });
@@ -278,6 +289,9 @@ mod tests {
         }
         for call in [libc::SYS_accept4, libc::SYS_connect, libc::SYS_getppid, -1] {
             assert_eq!(native(true, call), ALLOWED);
+        }
+        for (side, wanted) in [(libc::SHUT_RD, ASKED), (libc::SHUT_WR, ALLOWED), (libc::SHUT_RDWR, ASKED)] {
+            assert_eq!(verdict(false, arch::NATIVE, libc::SYS_shutdown as u32, side as u32), wanted);
         }
         let foreign = |number, argument| verdict(true, arch::FOREIGN, number, argument);
         for call in arch::FOREIGN_CALLS.into_iter().filter(|call| *call != arch::SOCKETCALL) {

@@ -1,4 +1,5 @@
-"""The same program without handover: two processes on one listening socket, and a signal to the first by hand."""
+"""The same program without handover: two processes on one listening socket, and a signal to the first by hand; or, where
+it takes no socket, one after the other."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import tempfile
 import unittest
 from typing import List
 
-from lab import PATIENCE_SECONDS, wait_for
+from lab import PATIENCE_SECONDS, Oracle, connect, wait_for
 
 PROBES = 8
 
@@ -72,3 +73,57 @@ class Alone:
         for process in self._processes:
             process.send_signal(self._stop_signal)
             process.wait(PATIENCE_SECONDS)
+
+
+class Restarted:
+    """As it is done without us: the signal, and when it has ended a new one is started."""
+
+    # Some never end as long as a client goes on asking on a kept connection. Most process managers kill them then.
+    KILL_AFTER_SECONDS = 2.0
+
+    def __init__(self, case: unittest.TestCase, stop_signal: signal.Signals, address: str, *program: str) -> None:
+        self.directory = tempfile.mkdtemp(prefix="handover-programs-")
+        case.addCleanup(shutil.rmtree, self.directory)
+        self._case = case
+        self._log = open(os.path.join(self.directory, "log"), "wb")
+        case.addCleanup(self._log.close)
+        self._stop_signal = stop_signal
+        self.address = address.replace("@DIR@", self.directory)
+        self._program = [part.replace("@DIR@", self.directory) for part in program]
+        self._generation = 0
+        self._start()
+        case.addCleanup(self._stop)
+
+    def _start(self) -> None:
+        self._generation += 1
+        env = {**os.environ, "HANDOVER_GENERATION": str(self._generation), "HANDOVER_WORKER": "0"}
+        self.process = subprocess.Popen(self._program, env=env, stdout=self._log, stderr=self._log)
+        wait_for(f"{self._program} answers", self._answers)
+
+    def _answers(self) -> bool:
+        if self.process.poll() is not None:
+            with open(self._log.name, encoding="utf-8", errors="replace") as log:
+                raise AssertionError(f"{self._program} has ended: {log.read()}")
+        try:
+            connect(self.address).close()
+        except OSError:
+            return False
+        return True
+
+    def _stop(self) -> None:
+        self.process.send_signal(self._stop_signal)
+        try:
+            self.process.wait(self.KILL_AFTER_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(PATIENCE_SECONDS)
+
+    def replace(self) -> None:
+        self._stop()
+        self._start()
+
+    def wait_until_drained(self) -> None:
+        pass
+
+    def oracle(self, *load: str) -> Oracle:
+        return Oracle(self._case, self.address, *load)

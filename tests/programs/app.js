@@ -7,6 +7,7 @@ const server = require('http').createServer((request, response) => {
   }, slow ? Number(slow[1]) * 1000 : 0);
 });
 server.keepAliveTimeout = 60000;
-server.listen({ fd: 3 });
+// A port of its own, or the socket that it is given.
+server.listen(process.argv[2] ?? { fd: 3 });
 const stop = require('./gently')(server);
 process.on('SIGTERM', () => stop());

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -77,6 +79,8 @@ class Oracle:
 class Supervised:
     """A service of `handover exec`."""
 
+    LISTEN = ["--listen", "127.0.0.1:0"]
+
     def __init__(
         self,
         case: unittest.TestCase,
@@ -88,7 +92,7 @@ class Supervised:
         self.case = case
         self.directory = tempfile.mkdtemp(prefix="handover-programs-")
         self.env = {**os.environ, "HANDOVER_DIR": os.path.join(self.directory, "control"), **env}
-        command = [HANDOVER, "exec", "--listen", "127.0.0.1:0", "--trial", "100ms", *options, "--", *program]
+        command = [HANDOVER, "exec", *self.LISTEN, "--trial", "100ms", *options, "--", *program]
         command = [part.replace("@DIR@", self.directory) for part in command]
         self.log = open(os.path.join(self.directory, "log"), "w+", encoding="utf-8")
         self.process = subprocess.Popen(command, env=self.env, stdout=streams or self.log, stderr=streams or self.log)
@@ -147,3 +151,39 @@ class Supervised:
         oracle = self.oracle("--slow", f"2:{seconds}", "--requests", "2")
         wait_for("requests in flight", lambda: oracle.is_accepted(2))
         return oracle
+
+
+class Intercepted(Supervised):
+    """One whose program binds its sockets by itself."""
+
+    LISTEN = []
+
+    def cookies(self) -> Dict[str, int]:
+        return {listener["address"]: listener["cookie"] for listener in self.status()["listeners"]}
+
+
+def free_port(among: range = range(10000, 30000)) -> int:
+    """One that no client is given meanwhile: those of the kernel's choice are higher."""
+    while True:
+        port = random.choice(among)
+        with socket.socket(socket.AF_INET6) as probe:
+            try:
+                probe.bind(("::", port))
+                return port
+            except OSError:
+                pass
+
+
+def connect(address: str) -> socket.socket:
+    """To HOST:PORT, or to the path of a Unix socket."""
+    if address.startswith("/"):
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(PATIENCE_SECONDS)
+        try:
+            client.connect(address)
+        except OSError:
+            client.close()
+            raise
+        return client
+    host, port = address.rsplit(":", 1)
+    return socket.create_connection((host.strip("[]"), int(port)), PATIENCE_SECONDS)

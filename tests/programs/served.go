@@ -1,5 +1,5 @@
-// A Go server on a socket from LISTEN_FDS, with the standard library only. `served announces` drains without loss;
-// `served closes` does what most do.
+// A Go server with the standard library only, on a socket from LISTEN_FDS, or on an address of its own: `served announces`
+// drains without loss; `served closes` does what most do; `served closes :8080` binds.
 package main
 
 import (
@@ -36,11 +36,18 @@ func answer(response http.ResponseWriter, request *http.Request) {
 	fmt.Fprintf(response, "gen=%s pid=%d", os.Getenv("HANDOVER_GENERATION"), os.Getpid())
 }
 
-func main() {
+func listen() (net.Listener, error) {
+	if len(os.Args) > 2 {
+		return net.Listen("tcp", os.Args[2])
+	}
 	if os.Getenv("LISTEN_FDS") != "1" || os.Getenv("LISTEN_PID") != strconv.Itoa(os.Getpid()) {
 		log.Fatal("one socket is wanted in LISTEN_FDS")
 	}
-	listener, err := net.FileListener(os.NewFile(3, "http"))
+	return net.FileListener(os.NewFile(3, "http"))
+}
+
+func main() {
+	listener, err := listen()
 	if err != nil {
 		log.Fatal(err)
 	}

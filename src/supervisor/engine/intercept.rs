@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
 use nix::unistd::Pid;
-use socket2::SockRef;
+use socket2::{SockRef, Socket};
 
 use super::Supervisor;
 use crate::listeners::{Address, kind_of};
@@ -95,14 +95,18 @@ impl Supervisor {
         let Some(filter) = worker.interception.as_ref().and_then(|interception| interception.filter()) else {
             return Ok(Answer::Pass);
         };
+        let [first, second, third, ..] = call.arguments;
+        let fd = |argument: u64| argument as u32 as RawFd;
+        // Some programs end every connection with it, so this is to be short.
+        if number == libc::SYS_shutdown && !self.is_listener_of(call.thread, fd(first)) {
+            return Ok(Answer::Pass);
+        }
         // From then on they are the program's own affair.
         if matches!(self.machine.phase(), Phase::Draining | Phase::Ended) {
             return Ok(Answer::Pass);
         }
         let caller = Caller::of_thread(call.thread)?;
         let is_ours = caller.is_of(worker.pid) && call.is_valid(filter);
-        let [first, second, third, ..] = call.arguments;
-        let fd = |argument: u64| argument as u32 as RawFd;
         match number {
             _ if !is_ours => Ok(Answer::Pass),
             libc::SYS_bind => {
@@ -110,6 +114,7 @@ impl Supervisor {
                 self.bind(id, call, &caller, fd(first), address)
             }
             libc::SYS_listen => self.listen(id, call, &caller, fd(first), second as i32),
+            libc::SYS_shutdown => self.shut_down(id, call, &caller, fd(first)),
             #[cfg(target_arch = "x86_64")]
             libc::SYS_unlink => Ok(self.remove(&caller.path_at(None, first)?)),
             libc::SYS_unlinkat if third & libc::AT_REMOVEDIR as u64 == 0 => {
@@ -227,12 +232,29 @@ impl Supervisor {
         for option in carry_options_over(own, kept, address) {
             log::warn!("process {} binds {address} with another {option} than before: it stays as it was", caller.pid);
         }
-        for (number, cloexec) in caller.numbers_of(nix::sys::stat::fstat(own)?.st_ino) {
-            call.replace_fd(filter, kept, number, cloexec).inspect_err(|error| {
-                log::error!("process {} cannot be given the socket at {address}: {error}", caller.pid);
-            })?;
-        }
+        replace(call, filter, caller, own, kept).inspect_err(|error| {
+            log::error!("process {} cannot be given the socket at {address}: {error}", caller.pid);
+        })?;
         log::debug!("process {} is given the socket at {address}", caller.pid);
+        Ok(Answer::Done)
+    }
+
+    fn is_listener_of(&self, thread: Pid, number: RawFd) -> bool {
+        let inode = std::fs::read_link(format!("/proc/{thread}/fd/{number}"));
+        let inode = inode.ok().and_then(|link| family::socket_inode(&link));
+        inode.is_some_and(|inode| self.sockets.has(inode))
+    }
+
+    /// Takes a listener from the program instead: to shut it down is to shut it down for all who have it. The program is left
+    /// with a socket that does not listen, whose `accept` fails as it would now.
+    fn shut_down(&self, id: WorkerId, call: &Notification, caller: &Caller, number: RawFd) -> io::Result<Answer> {
+        let filter = self.workers.get(&id).and_then(|worker| worker.interception.as_ref()?.filter());
+        let Some(filter) = filter else { return Ok(Answer::Pass) };
+        let own = caller.fd(number)?;
+        let socket = SockRef::from(&own);
+        let shut = Socket::new(socket.domain()?, socket.r#type()?, None)?;
+        replace(call, filter, caller, own.as_fd(), shut.as_fd())?;
+        log::debug!("process {} has shut its listener {number} down, for itself alone", caller.pid);
         Ok(Answer::Done)
     }
 
@@ -313,6 +335,18 @@ fn is_of_one_process(address: &Address, pid: Pid) -> bool {
 fn is_held_by(worker: Option<Pid>) -> impl Fn(u64) -> bool {
     let held = LazyCell::new(move || worker.map(family::sockets).unwrap_or_default());
     move |inode| held.contains(&inode)
+}
+
+/// Wherever the caller has its own socket.
+fn replace(
+    call: &Notification,
+    filter: BorrowedFd<'_>,
+    caller: &Caller,
+    own: BorrowedFd<'_>,
+    by: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let mut numbers = caller.numbers_of(nix::sys::stat::fstat(own)?.st_ino).into_iter();
+    numbers.try_for_each(|(number, cloexec)| call.replace_fd(filter, by, number, cloexec))
 }
 
 fn is_any_port(address: &Address) -> bool {
