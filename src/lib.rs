@@ -100,6 +100,7 @@ mod pid_file;
 mod watch;
 mod poll;
 mod both;
+mod text;
 mod error;
 mod sys;
 
