@@ -101,6 +101,7 @@ mod watch;
 mod poll;
 mod both;
 mod text;
+mod fault;
 mod error;
 mod sys;
 

@@ -11,6 +11,7 @@ use std::process::Command;
 use nix::unistd::{Pid, User, initgroups, setgid, setpgid, setuid};
 
 use crate::error::{Error, ErrorKind};
+use crate::fault;
 use crate::upgrade::preflight;
 
 /// The verb; no help and no completion names it.
@@ -51,6 +52,7 @@ fn become_program(program: &Path, user: &str, mut command: Command) -> Error {
             return error;
         }
     }
+    fault::reached("worker: started", None);
     let error = command.exec();
     preflight::explain(program, &std::env::current_dir().unwrap_or_default(), error)
 }

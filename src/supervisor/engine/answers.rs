@@ -12,6 +12,7 @@ use crate::control::messages::{
 };
 use crate::control::server::{Asked, ClientId};
 use crate::engine::milliseconds_since;
+use crate::fault;
 use crate::shared::unix_ms;
 use crate::supervisor::conversation::Terms;
 use crate::supervisor::machine::{Event, Phase, Refusal, WorkerId};
@@ -129,6 +130,7 @@ impl Supervisor {
         let (begun, generation) = (Instant::now(), self.machine.generation() + 1);
         let terms = self.terms_of(&order, generation);
         self.attempt = Some(Attempt { requester, begun, verb, generation, terms, cut: 0, cause: None });
+        self.comes_to("exec: asked");
         self.tell_manager_of_upgrade();
         match self.recipe.build(request, self.previous.as_ref()) {
             Ok(build) => {
@@ -137,6 +139,13 @@ impl Supervisor {
                 self.tell(Event::Upgrade(order));
             }
             Err(error) => self.report(Outcome::Failed, error.to_string(), None),
+        }
+    }
+
+    /// Of an upgrade, and not of the first start.
+    pub(super) fn comes_to(&self, step: &str) {
+        if self.attempt.is_some() {
+            fault::reached(step, None);
         }
     }
 
