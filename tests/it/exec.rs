@@ -61,7 +61,7 @@ impl Server {
 
     /// Nothing of an earlier generation is left: the supervisor has its workers, no zombie and no fd more than these need.
     #[track_caller]
-    fn assert_supervises(&self, workers: usize) -> usize {
+    pub(crate) fn assert_supervises(&self, workers: usize) -> usize {
         let pid = self.first_pid();
         let mut wanted = self.wait_for_workers(workers);
         wanted.push(pid);

@@ -42,3 +42,5 @@ mod activation;
 mod namespaces;
 mod load;
 mod exec;
+#[cfg(feature = "fault-points")]
+mod faults;
