@@ -22,6 +22,8 @@ mod old_process;
 mod control;
 mod old_wire;
 mod limits;
+mod hostile;
+mod resources;
 mod pid_file;
 mod binary;
 mod previous;
