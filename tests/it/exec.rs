@@ -45,7 +45,7 @@ impl Server {
         self.status(self.first_pid()).workers
     }
 
-    fn worker_pids(&self) -> Vec<i32> {
+    pub(crate) fn worker_pids(&self) -> Vec<i32> {
         self.workers().iter().filter_map(|worker| worker.pid).collect()
     }
 

@@ -208,7 +208,7 @@ impl Matrix {
         for (number, reason) in reasons.iter().enumerate() {
             table += &format!("\n({}) {reason}", char::from(b'a' + number as u8));
         }
-        table
+        table.trim_end().to_owned()
     }
 }
 

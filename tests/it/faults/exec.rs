@@ -51,6 +51,21 @@ const WORKER: Matrix = Matrix {
     ],
 };
 
+const ITSELF: Matrix = Matrix {
+    heading: "`handover upgrade --self`: the fault comes when …",
+    faults: &[F::Killed, F::Continued, F::StoppedAndKilled, F::NoFds, F::Delayed],
+    steps: &[
+        step("rehearsal", "the new build, in a child, is asked whether it could go on", &[]),
+        step("exec: rehearsed", "the supervisor is about to execute it", &[]),
+        step("exec: replaced", "… has executed it, and has read nothing yet", &[]),
+    ],
+};
+
+#[test]
+fn in_a_supervisor_that_replaces_itself() {
+    ITSELF.holds(|step, fault| Cell::start(step, fault, true).run_itself());
+}
+
 #[test]
 fn in_the_supervisor() {
     SUPERVISOR.holds(|step, fault| Cell::start(step, fault, true).run());
@@ -143,6 +158,37 @@ impl Cell {
             ([2], true) => "new, alone",
             ([1, 2], true) => "both, alone",
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// Which build the supervisor is in the end. The worker serves all the time.
+    fn run_itself(self) -> &'static str {
+        let (server, pid) = (&self.server, self.supervisor.to_string());
+        let (workers, listeners) = (server.worker_pids(), server.status(self.supervisor).listeners);
+        let load = load(&self.address).start();
+        load.wait_for_more(5, LONG).unwrap();
+        let itself = ["upgrade", "--self", "--json", "--ready-timeout", "4s", "--pid", &pid];
+        let upgrade = Running::start(server.handover_command(&itself));
+        self.fired.take_its_course(self.fault);
+        let run = upgrade.finish();
+        load.wait_for_more(20, LONG).unwrap();
+        assert_lost_at_most(0, &load.stop());
+        if has_ended(self.supervisor) {
+            assert_eq!(self.generations(), [1]);
+            self.is_started_again();
+            return "old worker, alone";
+        }
+        server.wait_until(self.supervisor, State::Serving);
+        assert_eq!(server.worker_pids(), workers);
+        assert_eq!(server.status(self.supervisor).listeners[0].cookie, listeners[0].cookie);
+        eventually("fds again", || (fds_of(self.supervisor).len() < FDS_MAX / 2).then_some(()));
+        Running::start(server.handover_command(&itself)).finish().exits_with(0);
+        self.upgrade(self.supervisor, &[]).finish().exits_with(0);
+        server.assert_supervises(1);
+        match run.code {
+            Some(0) => "new build",
+            Some(1) => "old build",
+            code => panic!("{code:?}: {run:?}"),
         }
     }
 
