@@ -31,7 +31,7 @@ if [[ $inside == no ]]; then
     if [[ " ${benches[*]} " == *" exec "* ]]; then
         npm install --prefix "$(target_directory)/programs" --no-audit --no-fund --loglevel error pm2@7.0.4 >/dev/null || true
     fi
-    cargo bench --quiet --all-features --benches --no-run
+    cargo bench --quiet --features axum --benches --no-run
     namespace "${benches[@]}"
     where='among the ports of everything else'
 else
@@ -43,5 +43,5 @@ read -r load _ </proc/loadavg
 printf '%s, %s cores (%s), Linux %s, commit %s, load %s before the start, %s\n\n' \
     "$(date +%F)" "$(nproc)" "$(sed -n 's/^model name\s*: //p' /proc/cpuinfo | sort -u)" "$(uname -r)" "$commit" "$load" "$where"
 for bench in "${benches[@]}"; do
-    cargo bench --quiet --all-features --bench "$bench"
+    cargo bench --quiet --features axum --bench "$bench"
 done

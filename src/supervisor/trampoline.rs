@@ -16,6 +16,7 @@ use nix::unistd::{Pid, User, initgroups, setgid, setpgid, setuid};
 
 use super::interception;
 use crate::error::{Error, ErrorKind};
+use crate::fault;
 use crate::sys;
 use crate::upgrade::preflight;
 
@@ -95,6 +96,7 @@ fn become_program(program: &Path, user: &str, filter: Option<Filter>, mut comman
             return error;
         }
     }
+    fault::reached("worker: started", None);
     let error = command.exec();
     preflight::explain(program, &std::env::current_dir().unwrap_or_default(), error)
 }
