@@ -32,8 +32,12 @@ impl Output {
         self.json
     }
 
-    /// Whoever reads may have gone (`| head`); what is being done goes on all the same.
     pub(super) fn line(&mut self, text: &str) {
+        self.write(&harmless(text));
+    }
+
+    /// Whoever reads may have gone (`| head`); what is being done goes on all the same.
+    fn write(&mut self, text: &str) {
         let start = if std::mem::take(&mut self.open_line) { "\r\x1b[K" } else { "" };
         let _ = writeln!(io::stdout().lock(), "{start}{text}");
     }
@@ -47,7 +51,7 @@ impl Output {
     fn over_line(&mut self, text: &str) {
         let mut stdout = io::stdout().lock();
         // One that goes on in the next line could not be written over.
-        let text = shortened(text, width(&stdout).map_or(usize::MAX, |width| width.saturating_sub(1)));
+        let text = shortened(&harmless(text), width(&stdout).map_or(usize::MAX, |width| width.saturating_sub(1)));
         let _ = write!(stdout, "\r\x1b[K{text}");
         let _ = stdout.flush();
         self.open_line = true;
@@ -55,7 +59,7 @@ impl Output {
 
     pub(super) fn json_line(&mut self, value: &impl Serialize) {
         if let Ok(text) = serde_json::to_string(value) {
-            self.line(&text);
+            self.write(&text);
         }
     }
 
@@ -130,7 +134,7 @@ impl Output {
         let (mut stderr, prefix) = (io::stderr().lock(), error_prefix());
         let width = width(&stderr);
         for line in lines {
-            let _ = writeln!(stderr, "{prefix}{}", wrapped(line, width, 2));
+            let _ = writeln!(stderr, "{prefix}{}", wrapped(&harmless(line), width, 2));
         }
     }
 
@@ -148,6 +152,24 @@ impl Output {
             self.complain(&[format!("handover: {}", failure.message)]);
         }
     }
+}
+
+/// Stages and results, as they are shown for people.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(bytes: &[u8]) {
+    let shown = |text: &str| assert_eq!(wrapped(&shortened(text, 200), Some(80), 2).is_empty(), text.is_empty());
+    if let Ok(stage) = serde_json::from_slice::<StageEvent>(bytes) {
+        shown(&stage_line(&stage.stage.to_string(), stage.at_ms, &details(&stage)));
+    }
+    if let Ok(result) = serde_json::from_slice::<ResultEvent>(bytes) {
+        shown(&result.message);
+        assert!(last_lines(&result.stderr).iter().map(String::len).sum::<usize>() <= STDERR_BYTES_MAX);
+    }
+}
+
+/// Root asks processes of others, and what they say must not move the cursor of whoever reads it.
+fn harmless(text: &str) -> String {
+    text.chars().map(|one| if one.is_control() && one != '\n' && one != '\t' { '\u{fffd}' } else { one }).collect()
 }
 
 fn stage_line(name: &str, at_ms: f64, details: &str) -> String {
