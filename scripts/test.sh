@@ -6,6 +6,7 @@
 #   shell    the scripts themselves: shellcheck, and ansible-lint where it is installed
 #   unit     the library's own tests and the examples in its documentation
 #   it       tests with real processes
+#   compat   scripts/compat.sh: this build and an earlier one hand over to each other
 #   python   the protocol, played from each side by Python as docs/protocol.md tells it
 #   programs real programs under `handover exec`: in Node (Express, and as for pm2), Python (gunicorn), Go and Perl, and nginx
 #            and HAProxy where they are installed. HANDOVER_UPGRADES=N of each [20], HANDOVER_LONG_ROUNDS=N of requests
@@ -21,7 +22,7 @@
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
-all=(shell unit it python programs systemd fleet demo load soak)
+all=(shell unit it compat python programs systemd fleet demo load soak)
 parts=()
 for argument in "$@"; do
     case $argument in
@@ -126,6 +127,7 @@ run() {
             cargo test --all-features --test it
             cargo test --all-features --example oracle arguments_are_checked
             ;;
+        compat) scripts/compat.sh ;;
         python)
             cargo build --all-features --examples --bins
             python3 -m unittest discover tests/python

@@ -41,4 +41,5 @@ mod restart;
 mod activation;
 mod namespaces;
 mod load;
+mod compat;
 mod exec;
