@@ -287,6 +287,56 @@ pub(crate) fn poll_fd<'a>(fd: &'a impl AsFd, flags: PollFlags) -> PollFd<'a> {
     PollFd::new(fd.as_fd(), flags)
 }
 
+/// In whatever pieces they come, the same frames come of them, and the same reason.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_stream(bytes: &[u8]) {
+    type Taken = (Vec<Message>, Option<Malformed>, usize);
+    fn take<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Option<Taken> {
+        let mut channel = Channel::new(UnixStream::pair().ok()?.0).ok()?;
+        let mut taken = vec![];
+        for piece in pieces {
+            channel.incoming.extend_from_slice(piece);
+            loop {
+                match channel.take_frame() {
+                    Ok(Some(message)) => taken.push(message),
+                    Ok(None) => break,
+                    Err(malformed) => return Some((taken, Some(malformed), 0)),
+                }
+            }
+        }
+        Some((taken, None, channel.incoming.len()))
+    }
+    let (pieces, whole) = crate::fuzz::in_pieces(bytes);
+    assert_eq!(take(pieces), take(std::iter::once(whole)));
+}
+
+/// An offer and messages with fds: the first byte says how many of these there are, the next ones how many fds each has.
+/// As many are received as the offer says or none, and none stays open.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_offer(bytes: &[u8]) {
+    const MESSAGES_MAX: u8 = 8;
+    const WAIT: std::time::Duration = std::time::Duration::from_secs(30);
+    let Some((messages, rest)) = bytes.split_first() else { return };
+    let Some((counts, frame)) = rest.split_at_checked(usize::from(messages % MESSAGES_MAX)) else { return };
+    let (Ok((pipe, passed)), Ok((mut theirs, ours))) = (io::pipe(), UnixStream::pair()) else { return };
+    let deadline = Instant::now() + WAIT;
+    // Less than the buffer of a socket holds, so that nobody waits.
+    let _ = theirs.write_all(frame.get(..100_000).unwrap_or(frame));
+    for count in counts {
+        let fds = vec![passed.as_raw_fd(); usize::from(*count)];
+        let _ = theirs.send_with_fd(if count % 16 == 15 { b"X" } else { b"F" }, &fds);
+    }
+    drop((theirs, passed));
+    let received = Channel::new(ours).map(|mut channel| channel.receive_offer(deadline));
+    if let Ok(Ok(Some((offer, fds)))) = &received {
+        assert_eq!(fds.len(), offer.fd_count());
+    }
+    assert!(Instant::now() < deadline, "waited for what cannot come");
+    drop(received);
+    // Its end comes when the last copy is closed.
+    assert!(matches!(crate::poll::wait(pipe.as_fd(), PollFlags::POLLIN, Some(deadline)), Ok(true)));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
