@@ -39,7 +39,7 @@ mod family;
 
 pub use engine::{Ended, rehearse};
 pub use listen::Listen;
-pub use options::{Hangup, Options, Ready, StopSignal};
+pub use options::{Hangup, Intercept, Options, Ready, StopSignal};
 pub use trampoline::run_worker;
 
 use crate::error::Error;
@@ -47,6 +47,15 @@ use crate::error::Error;
 /// Goes on in the place of a supervisor that has replaced itself by this build, if this process is one.
 pub fn resume() -> Option<Result<Ended, Error>> {
     Some(engine::resumed()?.and_then(engine::Supervisor::run_on))
+}
+
+/// Whether the sockets that a program binds by itself can be kept here: what the kernel has, and what this process may do.
+///
+/// # Errors
+///
+/// What is missing, and what to do instead.
+pub fn can_intercept() -> Result<(), Error> {
+    interception::check()
 }
 
 /// Runs the program until it is told to stop.

@@ -28,6 +28,11 @@ pub(crate) struct Build {
     /// How long it may be silent before it is ready [default: what the process is configured with]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     ready_timeout: Option<Duration>,
+    /// Of `handover exec`: take it for ready so long after its last `bind` or `listen`
+    ///
+    /// For a new build that does not listen any more where the old one does, or that cannot be seen to wait.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    ready_delay: Option<Duration>,
     /// The arguments of the new build, without its name, instead of those of the running process
     #[arg(last = true, value_name = "ARGS")]
     args: Option<Vec<String>>,
@@ -42,6 +47,7 @@ impl Build {
             env: self.env.into_iter().collect(),
             cwd: self.cwd.as_deref().map(seen_from_here).transpose()?,
             ready_timeout_ms: self.ready_timeout.map(milliseconds),
+            ready_delay_ms: self.ready_delay.map(milliseconds),
             ..UpgradeRequest::default()
         })
     }

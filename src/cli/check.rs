@@ -33,6 +33,7 @@ use unit::Unit;
     handover check --unit app.service                    its main process, its program and the unit\n  \
     handover check --pid 4711 --exe /srv/app/releases/43/server --run-version\n  \
     handover check --unit ./app.service                  a unit file, before it is installed\n  \
+    handover check --intercept                           may `handover exec` intercept here?\n  \
     handover check --pid 4711 --json | jq -r 'select(.level == \"problem\").message'\n\n\
     Exit codes: 0 no problem, though there may be warnings; 1 a problem; 2 usage.")]
 pub(crate) struct Arguments {
@@ -44,6 +45,9 @@ pub(crate) struct Arguments {
     /// Look at this systemd unit too: by name, or a unit file by its path
     #[arg(long, value_name = "NAME")]
     unit: Option<String>,
+    /// Look whether `handover exec` can keep the sockets that a program binds by itself
+    #[arg(long)]
+    intercept: bool,
     /// Run the new build with --version, for 5 s at the most
     #[arg(long)]
     run_version: bool,
@@ -73,7 +77,7 @@ impl Level {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 struct Finding {
     level: Level,
-    /// What was looked at: `process`, `binary` or `unit`.
+    /// What was looked at: `machine`, `process`, `binary` or `unit`.
     about: &'static str,
     message: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -123,7 +127,9 @@ pub(super) fn run(arguments: &Arguments, output: &mut Output) -> Result<Exit, Fa
     if let Some(unit) = &unit {
         unit.check(process.as_ref(), &mut unit_findings);
     }
-    let all = [process_findings, binary_findings, unit_findings].map(|findings| findings.all).concat();
+    let machine_findings = check_machine(arguments);
+    let all =
+        [machine_findings, process_findings, binary_findings, unit_findings].map(|findings| findings.all).concat();
     Ok(print(&all, output))
 }
 
@@ -144,10 +150,21 @@ fn find_process(
     let of_unit = || unit.and_then(Unit::main_process);
     let target = match named.or_else(of_unit) {
         Some(target) => target,
-        None if arguments.exe.is_some() || arguments.unit.is_some() => return Ok(None),
+        None if arguments.exe.is_some() || arguments.unit.is_some() || arguments.intercept => return Ok(None),
         None => status::the_only_one()?,
     };
     Ok(process::check(&target, arguments.exe.is_none(), findings))
+}
+
+fn check_machine(arguments: &Arguments) -> Findings {
+    let mut findings = Findings::about("machine");
+    if arguments.intercept {
+        match handover::supervisor::can_intercept() {
+            Ok(()) => findings.ok("`handover exec` can keep the sockets that a program binds by itself"),
+            Err(error) => findings.failure(error.to_string()),
+        }
+    }
+    findings
 }
 
 fn check_binary(arguments: &Arguments, process: Option<&Process>, unit: Option<&Unit>) -> Result<Findings, Failure> {

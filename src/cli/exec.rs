@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use handover::supervisor::{Ended, Hangup, Listen, Options, Ready, StopSignal};
+use handover::supervisor::{Ended, Hangup, Intercept, Listen, Options, Ready, StopSignal};
 
 use super::duration;
 use super::exit::{Exit, Failure};
@@ -49,7 +49,7 @@ pub(crate) struct Arguments {
     /// Its calls of `bind` and `listen` wait for the supervisor (seccomp user notification), which gives the next
     /// generation the same sockets. So a program that knows nothing of all this is replaced without losing a connection.
     #[arg(long, value_name = "WHEN", default_value = "auto")]
-    intercept: Intercept,
+    intercept: When,
     /// Take over a running server, whoever has started it
     ///
     /// The program is given the listening sockets of that process. When it is ready, the process gets the stop signal, and
@@ -140,7 +140,7 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Intercept {
+enum When {
     /// If no --listen is given
     Auto,
     /// In any case: also what it binds beside --listen, or at the same address
@@ -194,9 +194,10 @@ impl From<ReadyWay> for Ready {
 
 pub(super) fn run(arguments: Arguments) -> Result<Exit, Failure> {
     let intercept = match arguments.intercept {
-        Intercept::Auto => arguments.listen.is_empty() || arguments.take_over.is_some(),
-        Intercept::On => true,
-        Intercept::Off => false,
+        _ if arguments.take_over.is_some() => Intercept::On,
+        When::Auto if arguments.listen.is_empty() => Intercept::IfPossible,
+        When::On => Intercept::On,
+        When::Auto | When::Off => Intercept::Off,
     };
     let mut program = arguments.program.into_iter();
     exit_of(handover::supervisor::run(Options {

@@ -256,7 +256,8 @@ impl Client {
                 }
                 Some(Event::Stage(mut stage)) => {
                     // All of their fields are optional, so serde finds claims in any stage.
-                    stage.claims = stage.claims.filter(|_| stage.stage == StageName::Ready);
+                    stage.claims =
+                        stage.claims.filter(|_| matches!(stage.stage, StageName::Ready | StageName::Committed));
                     if let Some(longest) = self.patience_once_adopted.filter(|_| stage.stage == StageName::Adopted) {
                         let set = self.set_patience(longest);
                         set.map_err(|error| Error::io(format!("hear {}", self.target), error))?;

@@ -71,6 +71,9 @@ pub struct UpgradeRequest {
     /// How long the new process may be silent before it is ready, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ready_timeout_ms: Option<u64>,
+    /// Of `handover exec`: how long after its last `bind` or `listen` the new process is taken for ready, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready_delay_ms: Option<u64>,
     /// How long after commit the death of the new process makes the old one accept again, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trial_ms: Option<u64>,
@@ -87,6 +90,11 @@ pub struct UpgradeRequest {
 impl UpgradeRequest {
     pub(crate) fn ready_timeout(&self) -> Option<Duration> {
         self.ready_timeout_ms.map(Duration::from_millis)
+    }
+
+    #[cfg(feature = "cli")]
+    pub(crate) fn ready_delay(&self) -> Option<Duration> {
+        self.ready_delay_ms.map(Duration::from_millis)
     }
 
     pub(crate) fn trial(&self) -> Option<Duration> {
@@ -189,7 +197,7 @@ pub struct StageEvent {
     /// Why it takes longer (`starting`); how the old process had to be ended (`gone`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// What became of the listeners (`ready`).
+    /// What became of the listeners (`ready`; of `handover exec` `committed`).
     #[serde(flatten)]
     pub claims: Option<Claims>,
     /// Connections still open (`draining`).

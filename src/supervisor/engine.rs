@@ -26,7 +26,7 @@ use super::build::{Build, Recipe};
 use super::conversation::Conversation;
 use super::interception::{self, Interception};
 use super::machine::{Action, Event, Machine, Order, Phase, Policy, WorkerId};
-use super::options::Options;
+use super::options::{Intercept, Options};
 use super::output::{Output, Passed, Stream};
 use super::sockets::Sockets;
 use super::take_over::TakenOver;
@@ -149,7 +149,17 @@ enum Source {
 }
 
 impl Supervisor {
-    pub(super) fn new(options: Options) -> Result<Self, Error> {
+    pub(super) fn new(mut options: Options) -> Result<Self, Error> {
+        let possible = if options.intercepts() { interception::check() } else { Ok(()) };
+        if let Err(error) = possible {
+            let is_seen = options.may_be_seen() && options.ready_command.is_none();
+            if options.intercept == Intercept::On || is_seen {
+                return Err(error);
+            }
+            // It says itself when it is ready, and may have no sockets at all.
+            log::warn!("sockets that the program binds by itself are not kept: {error}");
+            options.intercept = Intercept::Off;
+        }
         let recipe = Recipe::new(options.program.clone(), options.arguments.clone());
         let failed = |error: std::io::Error| Error::io("install signal handlers", error);
         let children = ChildSignals::install().map_err(failed)?;
@@ -219,13 +229,10 @@ impl Supervisor {
     }
 
     fn prepare(options: &Options) -> Result<(Sockets, Option<PidFile>), Error> {
-        if options.intercept {
-            interception::check()?;
-        }
         let listen = if options.take_over.is_some() { &[][..] } else { &options.listen };
-        let sockets = Sockets::open(listen, options.non_blocking, options.intercept)?;
+        let sockets = Sockets::open(listen, options.non_blocking, options.intercepts())?;
         let is_seen = options.may_be_seen() && options.ready_command.is_none();
-        if sockets.is_empty() && is_seen && !options.intercept {
+        if sockets.is_empty() && is_seen && !options.intercepts() {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 "see when the program is ready",

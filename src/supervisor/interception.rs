@@ -97,7 +97,7 @@ pub(super) fn install(supervisor: &UnixStream, with_removals: bool) -> Result<()
 }
 
 /// Whether this can be done here; else what is missing.
-pub(crate) fn check() -> Result<(), Error> {
+pub(super) fn check() -> Result<(), Error> {
     let missing = |what: &str, error: io::Error| {
         let error = Error::io(format!("intercept the sockets of a program: {what}"), error);
         error.mend("name the address with --listen, and let the program take LISTEN_FDS")

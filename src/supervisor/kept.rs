@@ -17,6 +17,8 @@ use crate::protocol::{Kind, PathIdentity};
 use crate::saved::path;
 use crate::sys;
 
+use super::seen::Watched;
+
 /// What the kernel has not done after that time it has refused.
 const BIND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Of the names that they have in a service manager's store.
@@ -102,6 +104,9 @@ impl KeptSocket {
 
     /// Looks at what has become of it. False: it is not kept.
     fn settle(&mut self, now: Instant) -> bool {
+        if self.serves() {
+            return true;
+        }
         let socket = SockRef::from(&self.fd);
         if let Stage::Asked { until } = self.stage {
             match Address::of(self.fd.as_fd()) {
@@ -125,8 +130,12 @@ impl KeptSocket {
         if let (Address::Path(path), None, Stage::Serving) = (&self.address, self.identity, self.stage) {
             self.identity = identity_of(path).ok();
         }
-        // One that has a peer is a client's, wherever it was bound.
-        socket.peer_addr().is_err()
+        !self.is_of_client()
+    }
+
+    /// One that has a peer is no listener, wherever it was bound.
+    fn is_of_client(&self) -> bool {
+        SockRef::from(&self.fd).peer_addr().is_ok()
     }
 }
 
@@ -179,6 +188,10 @@ impl Kept {
         self.enter(fd, address, false, Stage::Bound)?;
         self.settle();
         Ok(())
+    }
+
+    pub(super) fn has(&self, inode: u64) -> bool {
+        self.sockets.iter().any(|socket| socket.inode == inode)
     }
 
     pub(super) fn is_kept(&self, cookie: u64) -> bool {
@@ -246,9 +259,12 @@ impl Kept {
         here.is_some() && self.sockets.iter().any(|socket| socket.identity == here)
     }
 
-    /// Address and inode.
-    pub(super) fn inodes(&self) -> impl Iterator<Item = (String, u64)> {
-        self.serving().map(|socket| (socket.address.to_string(), socket.inode))
+    pub(super) fn watched(&self) -> impl Iterator<Item = Watched> {
+        let watched = |socket: &KeptSocket| {
+            let address = Address::of(socket.fd.as_fd()).ok()?;
+            Some(Watched { name: socket.address.to_string(), inode: socket.inode, address })
+        };
+        self.serving().filter_map(watched)
     }
 
     pub(super) fn addresses(&self) -> impl Iterator<Item = Address> {
@@ -286,7 +302,9 @@ impl Kept {
     /// Takes out those that fail the test.
     pub(super) fn retain(&mut self, is_wanted: impl Fn(u64) -> bool) -> Vec<KeptSocket> {
         self.settle();
-        let (kept, closed) = std::mem::take(&mut self.sockets).into_iter().partition(|socket| is_wanted(socket.inode));
+        let (kept, closed) = std::mem::take(&mut self.sockets)
+            .into_iter()
+            .partition(|socket| is_wanted(socket.inode) && !socket.is_of_client());
         self.sockets = kept;
         closed
     }
@@ -362,7 +380,7 @@ fn inode_of(socket: BorrowedFd<'_>) -> io::Result<u64> {
 
 /// Gives a kept socket the options that a program has set on its own before it bound that, and says which cannot be given
 /// any more.
-pub(super) fn carry_options_over(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Vec<&'static str> {
+pub(super) fn carry_options_over(from: BorrowedFd<'_>, to: BorrowedFd<'_>, address: &Address) -> Vec<&'static str> {
     let (own, kept) = (SockRef::from(&from), SockRef::from(&to));
     let mut different = Vec::new();
     // The mode is shared with the generation before: one that waits in `accept` goes on in either, and one that polls
@@ -393,7 +411,8 @@ pub(super) fn carry_options_over(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Ve
         }
     }
     // These are what the address means, and were decided on when the socket was bound.
-    if matches!((own.only_v6(), kept.only_v6()), (Ok(wanted), Ok(now)) if wanted != now) {
+    let is_any = matches!(address, Address::Ip(ip) if ip.ip().is_unspecified());
+    if is_any && matches!((own.only_v6(), kept.only_v6()), (Ok(wanted), Ok(now)) if wanted != now) {
         different.push("IPV6_V6ONLY");
     }
     if matches!((own.reuse_port(), kept.reuse_port()), (Ok(wanted), Ok(now)) if wanted != now) {

@@ -23,7 +23,7 @@ pub struct Options {
     pub listen: Vec<Listen>,
     /// Whether the sockets that the program binds by itself are kept for its next generation.
     #[serde(default)]
-    pub intercept: bool,
+    pub intercept: Intercept,
     /// A running server whose sockets the program is given, and which is told to stop when the program serves.
     #[serde(skip)]
     pub take_over: Option<i32>,
@@ -80,6 +80,18 @@ pub enum Ready {
     Notify,
     /// It sends `ready` on Node's channel.
     Message,
+}
+
+/// Whether the sockets that a program binds by itself are kept for its next generation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Intercept {
+    /// They are its own affair.
+    #[default]
+    Off,
+    /// If that can be done here, or if nothing else proves that the program is ready.
+    IfPossible,
+    /// In any case.
+    On,
 }
 
 /// What SIGHUP means to a supervisor.
@@ -142,6 +154,10 @@ impl Options {
     /// to it.
     pub(super) fn wants_node_channel(&self) -> bool {
         self.ready == Ready::Message || self.stop_message.is_some()
+    }
+
+    pub(super) fn intercepts(&self) -> bool {
+        self.intercept != Intercept::Off
     }
 
     /// Whether seeing a worker wait for connections is proof enough.

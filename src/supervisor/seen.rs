@@ -1,7 +1,8 @@
 //! Whether a program is *seen* to wait for connections: the proof of readiness of one that says nothing.
 //!
 //! Looked at from outside, in `/proc`: an epoll set that holds the listener, or a thread blocked in `accept`, `poll`,
-//! `select` or, for datagrams, `recv` on it. What cannot be seen is io_uring, and a program of another user when this
+//! `select` or, for datagrams, `recv` on it. One that has so much to do that it is never blocked is seen to have accepted
+//! a connection. What cannot be seen is io_uring, and a program of another user when this
 //! one has not the rights of a debugger (`ptrace(2)`); such a program has to say that it is ready.
 
 use std::collections::BTreeMap;
@@ -12,11 +13,24 @@ use std::path::Path;
 
 use nix::unistd::Pid;
 
-use super::family;
+use super::{connections, family};
+use crate::listeners::Address;
 
 const EPOLLIN: u32 = libc::EPOLLIN as u32;
 /// `poll` and `select` with more are not read through.
 const POLLED_MAX: usize = 4096;
+/// Listeners of which a program can have too much to do to be seen waiting.
+const BUSY_MAX: usize = 8;
+
+/// A socket that a program is to wait on.
+#[derive(Debug)]
+pub(super) struct Watched {
+    pub(super) name: String,
+    /// By which it is known in `/proc`.
+    pub(super) inode: u64,
+    /// As the kernel names it.
+    pub(super) address: Address,
+}
 
 /// What was seen of one worker.
 #[derive(Debug, Default)]
@@ -40,6 +54,16 @@ impl Look {
             }
         }
         look
+    }
+
+    /// And at connections that it has accepted, which takes longer: not where a great many are missing.
+    pub(super) fn at_connections(&mut self, worker: Pid, watched: &[Watched]) {
+        let missing: Vec<&Watched> = watched.iter().filter(|one| !self.waited_on.contains(&one.inode)).collect();
+        for one in missing.iter().filter(|_| missing.len() <= BUSY_MAX) {
+            if connections::open(&[worker], std::slice::from_ref(&one.address)) != [0] {
+                self.waited_on.push(one.inode);
+            }
+        }
     }
 
     fn at_process(&mut self, pid: Pid, inodes: &[u64]) -> io::Result<()> {

@@ -10,6 +10,7 @@ use socket2::SockRef;
 
 use super::kept::{Kept, KeptSocket, SavedKept};
 use super::listen::Listen;
+use super::seen::Watched;
 use crate::control::ListenerStatus;
 use crate::engine::listener_status;
 use crate::error::Error;
@@ -106,20 +107,26 @@ impl Sockets {
         self.entries().filter_map(|entry| entry.socket.fd()).collect()
     }
 
-    /// Name and inode, by which a socket is known in `/proc`.
-    pub(super) fn inodes(&self) -> Vec<(String, u64)> {
-        let inode = |entry: &Entry| Some((entry.name.clone(), inode_of(entry)?));
-        self.entries().filter_map(inode).chain(self.kept.inodes()).collect()
+    /// The same, once it was looked what has become of those that were being bound.
+    pub(super) fn settled(&mut self) -> Vec<Watched> {
+        self.kept.settle();
+        self.watched()
+    }
+
+    /// What a program is to be seen to wait on.
+    pub(super) fn watched(&self) -> Vec<Watched> {
+        let watched = |entry: &Entry| {
+            Some(Watched { name: entry.name.clone(), inode: inode_of(entry)?, address: entry.address.clone() })
+        };
+        self.entries().filter_map(watched).chain(self.kept.watched()).collect()
+    }
+
+    pub(super) fn has(&self, inode: u64) -> bool {
+        self.kept.has(inode) || self.entries().any(|entry| inode_of(entry) == Some(inode))
     }
 
     pub(super) fn addresses(&self) -> Vec<Address> {
         self.entries().map(|entry| entry.address.clone()).chain(self.kept.addresses()).collect()
-    }
-
-    /// Where the one is that [`inodes`](Self::inodes) names so.
-    pub(super) fn address_of(&self, name: &str) -> Option<Address> {
-        let named = self.entries().find(|entry| entry.name == name).map(|entry| entry.address.clone());
-        named.or_else(|| self.kept.addresses().find(|address| address.to_string() == name))
     }
 
     pub(super) fn status(&self) -> Vec<ListenerStatus> {
@@ -268,7 +275,7 @@ mod tests {
         assert_eq!(value("SERVER_STARTER_GENERATION"), "7");
         assert_eq!((value("EINHORN_FD_COUNT"), value("EINHORN_FD_1")), ("3".to_owned(), "4".to_owned()));
         assert_eq!(value("EINHORN_FD_FAMILY_2"), "AF_UNIX");
-        assert_eq!((sockets.fds().len(), sockets.inodes().len()), (3, 3));
+        assert_eq!((sockets.fds().len(), sockets.watched().len()), (3, 3));
         sockets.close();
         assert!(sockets.fds().is_empty());
     }

@@ -69,11 +69,11 @@ impl TakenOver {
         if let Some(missing) = wanted.iter().find(|one| !found.iter().any(|taken| is_it(taken, one))) {
             let have: Vec<String> = found.iter().map(|(_, taken)| taken.address.to_string()).collect();
             let cause = format!("it does not listen on {}; it does on {}", missing.address, have.join(", "));
-            return Err(Error::new(ErrorKind::Invalid, tried, cause));
+            return Err(Error::new(ErrorKind::Failed, tried, cause));
         }
         found.retain(|taken| wanted.is_empty() || wanted.iter().any(|one| is_it(taken, one)));
         if found.is_empty() {
-            let error = Error::new(ErrorKind::Invalid, tried, "neither it nor what it has started listens on anything");
+            let error = Error::new(ErrorKind::Failed, tried, "neither it nor what it has started listens on anything");
             return Err(error.mend("`ss -lnp` shows which process listens where"));
         }
         let guards = vec![];

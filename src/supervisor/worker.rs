@@ -11,26 +11,24 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::build::Build;
-use super::connections;
 use super::conversation::{Conversation, Terms};
 use super::interception::Interception;
 use super::node_channel::NodeChannel;
 use super::notify::NotifySocket;
 use super::options::{Options, Ready};
 use super::output::{Output, Passed, Stream};
-use super::seen::Look;
+use super::seen::{Look, Watched};
 use super::sockets::{FIRST_FD, Sockets};
 use super::trampoline;
 use crate::error::Error;
-use crate::listeners::Address;
 use crate::protocol::CHANNEL_VARIABLE;
 use crate::{saved, sys};
 
 /// Looking costs; the longer it takes, the less it matters that it is seen at once.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(50);
-/// Before that most are seen to wait.
-const BUSY_AFTER: Duration = Duration::from_millis(200);
+/// One that is not seen to wait by then may have too much to do for that.
+const BUSY_AFTER: Duration = Duration::from_millis(100);
 
 #[derive(Serialize, Deserialize)]
 pub(super) struct Worker {
@@ -99,7 +97,7 @@ impl Worker {
         let (stdout, stdout_of_worker) = stdout.unzip();
         let channel = options.wants_node_channel().then(NodeChannel::pair).transpose().map_err(failed)?;
         let (channel, channel_of_worker) = channel.unzip();
-        let interception = options.intercept.then(Interception::begin).transpose().map_err(failed)?;
+        let interception = options.intercepts().then(Interception::begin).transpose().map_err(failed)?;
         let (interception, of_trampoline) = interception.unzip();
         let (conversation, its_end) = place.terms.map(Conversation::begin).transpose().map_err(failed)?.unzip();
 
@@ -195,8 +193,7 @@ impl Worker {
     }
 
     /// Whether it can serve, by what it has said or by what is seen now.
-    pub(super) fn look(&mut self, options: &Options, listeners: &[(String, u64)], now: Instant) {
-        let ready = options.ready;
+    pub(super) fn look(&mut self, ready: Ready, ready_delay: Option<Duration>, listeners: &[Watched], now: Instant) {
         if self.proof.is_some() {
             return;
         }
@@ -212,8 +209,8 @@ impl Worker {
         } else if self.sent_ready && accepts(Ready::Message) {
             self.proof = Some("sent `ready`".to_owned());
         } else if self.next_look.take_if(|next| *next <= now).is_some() {
-            if let Some(delay) = options.ready_delay.filter(|delay| listens_for(*delay)) {
-                self.proof = Some(format!("has bound its last socket {delay:?} ago"));
+            if let Some(delay) = ready_delay.filter(|delay| listens_for(*delay)) {
+                self.proof = Some(format!("has bound nothing more for {delay:?}"));
                 return;
             }
             self.proof = self.is_seen(listeners);
@@ -223,33 +220,22 @@ impl Worker {
     }
 
     /// Whether it may accept at this moment.
-    pub(super) fn waits_on_any(&self, listeners: &[(String, u64)]) -> bool {
-        let inodes: Vec<u64> = listeners.iter().map(|(_, inode)| *inode).collect();
+    pub(super) fn waits_on_any(&self, listeners: &[Watched]) -> bool {
+        let inodes: Vec<u64> = listeners.iter().map(|one| one.inode).collect();
         !Look::at(self.pid, &inodes).waited_on.is_empty()
     }
 
-    fn is_seen(&mut self, listeners: &[(String, u64)]) -> Option<String> {
-        let inodes: Vec<u64> = listeners.iter().map(|(_, inode)| *inode).collect();
-        let look = Look::at(self.pid, &inodes);
-        let missing = listeners.iter().filter(|(_, inode)| !look.waited_on.contains(inode));
-        self.missing = missing.map(|(name, _)| name.clone()).collect();
+    fn is_seen(&mut self, listeners: &[Watched]) -> Option<String> {
+        let inodes: Vec<u64> = listeners.iter().map(|one| one.inode).collect();
+        let mut look = Look::at(self.pid, &inodes);
+        if self.spawned.elapsed() > BUSY_AFTER {
+            look.at_connections(self.pid, listeners);
+        }
+        let missing = listeners.iter().filter(|one| !look.waited_on.contains(&one.inode));
+        self.missing = missing.map(|one| one.name.clone()).collect();
         self.denied = look.denied.is_some();
-        let names: Vec<&str> = listeners.iter().map(|(name, _)| name.as_str()).collect();
+        let names: Vec<&str> = listeners.iter().map(|one| one.name.as_str()).collect();
         (self.missing.is_empty() && !names.is_empty()).then(|| format!("waits on {}", names.join(", ")))
-    }
-
-    /// One whose processes are all busy waits nowhere, but has accepted. Only after `look`; it costs more.
-    pub(super) fn look_for_accepted(&mut self, address_of: impl Fn(&str) -> Option<Address>) {
-        if self.proof.is_some() || self.missing.is_empty() || self.spawned.elapsed() < BUSY_AFTER {
-            return;
-        }
-        let has_accepted = |name: &String| {
-            let address = address_of(name);
-            address.is_some_and(|address| connections::open(&[self.pid], &[address]) != [0])
-        };
-        if self.missing.iter().all(has_accepted) {
-            self.proof = Some(format!("has accepted on {}", self.missing.join(", ")));
-        }
     }
 
     /// Why it is not ready yet, as far as it can be told.

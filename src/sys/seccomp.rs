@@ -240,3 +240,104 @@ impl Notification {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::poll::wait;
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use socket2::{Domain, SockRef, Socket, Type};
+    use std::net::{SocketAddr, TcpListener};
+    use std::os::fd::AsFd;
+    use std::sync::mpsc;
+    use std::thread;
+
+    const ALLOWED: u32 = libc::SECCOMP_RET_ALLOW;
+    const ASKED: u32 = libc::SECCOMP_RET_USER_NOTIF;
+
+    /// What the kernel makes of a call.
+    fn verdict(with_removals: bool, arch: u32, number: u32, first_argument: u32) -> u32 {
+        let program = program(with_removals);
+        let offsets = [std::mem::offset_of!(libc::seccomp_data, nr), std::mem::offset_of!(libc::seccomp_data, arch)];
+        let (mut next, mut loaded) = (0, 0);
+        loop {
+            let instruction = program[next];
+            next += 1;
+            match u32::from(instruction.code) & 0x07 {
+                libc::BPF_LD if instruction.k as usize == offsets[0] => loaded = number,
+                libc::BPF_LD if instruction.k as usize == offsets[1] => loaded = arch,
+                libc::BPF_LD => loaded = first_argument,
+                libc::BPF_ALU => loaded &= instruction.k,
+                libc::BPF_JMP => {
+                    next += usize::from(if loaded == instruction.k { instruction.jt } else { instruction.jf });
+                }
+                _ => return instruction.k,
+            }
+        }
+    }
+
+    #[test]
+    fn only_what_concerns_listeners_is_asked_about() {
+        let native = |with_removals, number: libc::c_long| verdict(with_removals, arch::NATIVE, number as u32, 0);
+        for call in [libc::SYS_bind, libc::SYS_listen] {
+            assert_eq!((native(false, call), native(true, call)), (ASKED, ASKED));
+            assert_eq!(verdict(false, arch::NATIVE, call as u32 | arch::OTHER_ABI, 0), ASKED);
+            assert_eq!(verdict(false, 0x1234, call as u32, 0), ALLOWED);
+        }
+        for call in arch::REMOVALS {
+            assert_eq!((native(false, call), native(true, call)), (ALLOWED, ASKED));
+        }
+        for call in [libc::SYS_accept4, libc::SYS_connect, libc::SYS_getppid, -1] {
+            assert_eq!(native(true, call), ALLOWED);
+        }
+        let foreign = |number, argument| verdict(true, arch::FOREIGN, number, argument);
+        for call in arch::FOREIGN_CALLS.into_iter().filter(|call| *call != arch::SOCKETCALL) {
+            assert_eq!(foreign(call, 0), ASKED);
+        }
+        for (argument, wanted) in [(SOCKETCALL_BIND, ASKED), (3, ALLOWED), (SOCKETCALL_LISTEN, ASKED)] {
+            assert!(arch::SOCKETCALL == u32::MAX || foreign(arch::SOCKETCALL, argument) == wanted);
+        }
+        assert_eq!(foreign(1, SOCKETCALL_BIND), ALLOWED);
+    }
+
+    #[test]
+    fn a_call_waits_and_comes_to_what_is_answered() {
+        let other = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (sender, receiver) = mpsc::channel();
+        // The filter is that thread's alone.
+        let thread = thread::spawn(move || {
+            sender.send(install_filter(false).unwrap()).unwrap();
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+            socket.listen(1).unwrap();
+            let bound_and_not_listening = (socket.local_addr().unwrap(), socket.is_listener().unwrap());
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.bind(&SocketAddr::from(([127, 0, 0, 1], 1)).into()).unwrap();
+            (bound_and_not_listening, socket.local_addr().unwrap())
+        });
+        let filter = receiver.recv().unwrap();
+        let next = || {
+            assert!(wait(filter.as_fd(), PollFlags::POLLIN, None).unwrap());
+            Notification::receive(filter.as_fd()).unwrap().unwrap()
+        };
+        let call = next();
+        assert_eq!(call.number, Some(libc::SYS_bind));
+        assert!(call.is_valid(filter.as_fd()));
+        call.let_pass(filter.as_fd());
+        let call = next();
+        assert_eq!((call.number, call.arguments[1]), (Some(libc::SYS_listen), 1));
+        call.succeed(filter.as_fd());
+        assert!(!call.is_valid(filter.as_fd()));
+        let call = next();
+        let number = RawFd::try_from(call.arguments[0]).unwrap();
+        call.replace_fd(filter.as_fd(), other.as_fd(), number, true).unwrap();
+        call.succeed(filter.as_fd());
+        let ((address, listens), replaced) = thread.join().unwrap();
+        assert!(address.as_socket().unwrap().port() != 0 && !listens);
+        assert_eq!(replaced.as_socket(), SockRef::from(&other).local_addr().unwrap().as_socket());
+        let mut fds = [PollFd::new(filter.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).unwrap();
+        // Nobody is left who could call.
+        assert_eq!(fds[0].revents(), Some(PollFlags::POLLHUP));
+    }
+}

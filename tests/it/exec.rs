@@ -2,6 +2,7 @@
 
 mod config;
 mod crash;
+mod intercept;
 mod itself;
 mod library;
 mod pid_one;

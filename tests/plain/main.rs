@@ -1,6 +1,9 @@
 //! A server that knows nothing of handover: it takes its sockets by LISTEN_FDS, drains on SIGTERM, and goes wrong as PLAIN
 //! in its environment says. What `handover exec` is for.
 //!
+//! `plain [WAY [ADDRESS…]]`: how it waits (`poll`, `epoll`, `select`, `accept`), and where it listens if it takes no sockets
+//! but binds its own. An address is `IP:PORT`, `udp:IP:PORT`, `/PATH`, `./PATH` or `@NAME`.
+//!
 //! Drained rightly, as few programs do: a request in flight is answered, the next answer on a kept connection announces
 //! the close, and a silent one is closed after a while.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -9,12 +12,13 @@ use std::collections::HashMap;
 use std::env;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::mem::MaybeUninit;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::process::exit;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,7 +26,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::select::{FdSet, select};
 use nix::sys::time::TimeVal;
-use socket2::Socket;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 const LINGER_MS: u64 = 300;
 const TICK_MS: u16 = 20;
@@ -30,6 +34,8 @@ const TICK_MS: u16 = 20;
 static DRAINING: AtomicBool = AtomicBool::new(false);
 /// In milliseconds.
 static LINGER: AtomicU64 = AtomicU64::new(LINGER_MS);
+/// Where it stops listening.
+static CLOSED: Mutex<Option<SocketAddr>> = Mutex::new(None);
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 /// Loops that may still accept.
 static LOOPS: AtomicUsize = AtomicUsize::new(0);
@@ -51,15 +57,10 @@ fn main() {
         });
     }
     let way = env::args().nth(1).unwrap_or_else(|| "poll".to_owned());
-    for listener in listeners() {
-        let way = way.clone();
-        // One that blocks in accept never comes to its end.
-        let counted = usize::from(way != "accept");
-        LOOPS.fetch_add(counted, Ordering::SeqCst);
-        thread::spawn(move || {
-            accept_all(&listener, &way);
-            LOOPS.fetch_sub(counted, Ordering::SeqCst);
-        });
+    let addresses: Vec<String> = env::args().skip(2).collect();
+    let listeners = if addresses.is_empty() { passed() } else { faults.bind(&addresses) };
+    for listener in listeners {
+        serve_on(listener, &way);
     }
     if faults.has("notify") {
         notify(&format!("STATUS=warmed up\nREADY=1\nMAINPID={}", std::process::id()));
@@ -67,6 +68,51 @@ fn main() {
     while !DRAINING.load(Ordering::SeqCst) || LOOPS.load(Ordering::SeqCst) > 0 || OPEN.load(Ordering::SeqCst) > 0 {
         thread::sleep(Duration::from_millis(5));
     }
+    // As most servers do.
+    for path in addresses.iter().filter(|address| address.starts_with(['/', '.'])) {
+        let _ = fs::remove_file(path);
+    }
+}
+
+fn serve_on(listener: Socket, way: &str) {
+    let way = way.to_owned();
+    // One that blocks in accept never comes to its end.
+    let counted = usize::from(way != "accept");
+    LOOPS.fetch_add(counted, Ordering::SeqCst);
+    thread::spawn(move || {
+        accept_all(&listener, &way);
+        drop(listener);
+        LOOPS.fetch_sub(counted, Ordering::SeqCst);
+    });
+}
+
+fn bind(address: &str, reuse_port: bool, is_copied: bool) -> Socket {
+    let (kind, address) = match address.strip_prefix("udp:") {
+        Some(address) => (Type::DGRAM, address),
+        None => (Type::STREAM, address),
+    };
+    let (domain, to) = if address.starts_with(['/', '.', '@']) {
+        if !address.starts_with('@') {
+            // What the run before has left.
+            let _ = fs::remove_file(address);
+        }
+        (Domain::UNIX, SockAddr::unix(address.replace('@', "\0")).unwrap())
+    } else {
+        let ip: SocketAddr = address.parse().unwrap();
+        (Domain::for_address(ip), ip.into())
+    };
+    let socket = Socket::new(domain, kind, None).unwrap();
+    if domain != Domain::UNIX {
+        socket.set_reuse_address(true).unwrap();
+        socket.set_reuse_port(reuse_port).unwrap();
+    }
+    // What listens then is the copy.
+    let copy = is_copied.then(|| socket.try_clone().unwrap());
+    socket.bind(&to).unwrap_or_else(|error| panic!("bind {address}: {error}"));
+    if kind == Type::STREAM {
+        socket.listen(512).unwrap();
+    }
+    copy.unwrap_or(socket)
 }
 
 /// `PLAIN=name[=value],…`, for one worker only with `worker=N` among them.
@@ -86,6 +132,12 @@ impl Faults {
 
     fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)
+    }
+
+    fn bind(&self, addresses: &[String]) -> Vec<Socket> {
+        let times = self.0.get("reuseport").map_or(1, |times| times.parse().unwrap());
+        let all = addresses.iter().flat_map(|address| (0..times).map(move |_| address));
+        all.map(|address| bind(address, self.has("reuseport"), self.has("copy"))).collect()
     }
 
     fn at_start(&self) {
@@ -115,7 +167,7 @@ impl Faults {
     }
 }
 
-fn listeners() -> Vec<Socket> {
+fn passed() -> Vec<Socket> {
     assert_eq!(env::var("LISTEN_PID").unwrap(), std::process::id().to_string());
     let count: i32 = env::var("LISTEN_FDS").unwrap().parse().unwrap();
     // SAFETY: by the convention of LISTEN_FDS, whose LISTEN_PID is this process, these fds are open and ours; each is
@@ -129,7 +181,11 @@ fn accept_all(listener: &Socket, way: &str) {
     if way == "epoll" {
         epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, 0)).unwrap();
     }
+    let own = listener.local_addr().unwrap();
     while !DRAINING.load(Ordering::SeqCst) {
+        if CLOSED.lock().unwrap().as_ref().is_some_and(|closed| own.as_socket().is_some_and(|own| own == *closed)) {
+            return;
+        }
         match way {
             "epoll" => drop(epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::from(TICK_MS))),
             "select" => {
@@ -139,6 +195,13 @@ fn accept_all(listener: &Socket, way: &str) {
             }
             "poll" => drop(poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], TICK_MS)),
             _ => {}
+        }
+        if listener.r#type().unwrap() == Type::DGRAM {
+            let mut buffer = [MaybeUninit::uninit(); 64];
+            if let Ok((_, from)) = listener.recv_from(&mut buffer) {
+                let _ = listener.send_to(identity().as_bytes(), &from);
+            }
+            continue;
         }
         OPEN.fetch_add(1, Ordering::SeqCst);
         match listener.accept() {
@@ -233,6 +296,20 @@ fn body(path: &str) -> String {
         "orphan" => {
             let shell = std::process::Command::new("sh").args(["-c", "sleep 0.1 & echo $!"]).output().unwrap();
             String::from_utf8(shell.stdout).unwrap().trim().to_owned()
+        }
+        "open" => {
+            serve_on(bind(rest, false, false), "poll");
+            String::new()
+        }
+        "close" => {
+            *CLOSED.lock().unwrap() = Some(rest.parse().unwrap());
+            String::new()
+        }
+        "bind" => {
+            let bound = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            bound
+                .bind(&rest.parse::<SocketAddr>().unwrap().into())
+                .map_or_else(|error| error.to_string(), |()| "bound".to_owned())
         }
         "exit" => exit(rest.parse().unwrap_or(1)),
         _ => identity(),

@@ -54,6 +54,8 @@ pub(super) struct Attempt {
     pub(super) begun: Instant,
     pub(super) generation: u64,
     pub(super) verb: Verb,
+    /// How long after its last `bind` or `listen` a new worker is taken for ready.
+    pub(super) ready_delay: Option<Duration>,
     /// What the new workers are offered.
     pub(super) terms: Option<Terms>,
     /// Connections that were closed before they had ended.
@@ -129,7 +131,8 @@ impl Supervisor {
         }
         let (begun, generation) = (Instant::now(), self.machine.generation() + 1);
         let terms = self.terms_of(&order, generation);
-        self.attempt = Some(Attempt { requester, begun, verb, generation, terms, cut: 0, cause: None });
+        let ready_delay = request.ready_delay();
+        self.attempt = Some(Attempt { requester, begun, verb, generation, ready_delay, terms, cut: 0, cause: None });
         self.tell_manager_of_upgrade();
         match self.recipe.build(request, self.previous.as_ref()) {
             Ok(build) => {

@@ -22,19 +22,18 @@ impl Supervisor {
         if starting.is_empty() {
             return;
         }
-        self.sockets.kept.settle();
-        let (listeners, now) = (self.sockets.inodes(), Instant::now());
+        let now = Instant::now();
+        let is_due =
+            |id: &WorkerId| self.workers.get(id).is_some_and(|worker| worker.next_look.is_some_and(|next| next <= now));
+        let listeners = if starting.iter().any(is_due) { self.sockets.settled() } else { vec![] };
         // Where nothing can be seen the command decides alone; so it does where it is asked for beside an interception,
         // because the new build may not want all that the old one has.
-        let unseen = listeners.is_empty() || self.options.intercept;
+        let unseen = self.sockets.is_empty() || self.options.intercepts();
         let is_left_to_command = unseen && self.options.ready == Ready::Any && self.options.ready_command.is_some();
+        let delay = self.attempt.as_ref().and_then(|attempt| attempt.ready_delay).or(self.options.ready_delay);
         for id in starting {
             let Some(worker) = self.workers.get_mut(&id) else { continue };
-            let is_looked_at = worker.next_look.is_some_and(|next| next <= now);
-            worker.look(&self.options, &listeners, now);
-            if is_looked_at {
-                worker.look_for_accepted(|name| self.sockets.address_of(name));
-            }
+            worker.look(self.options.ready, delay, &listeners, now);
             if is_left_to_command {
                 worker.proof = Some("was started".to_owned());
             }

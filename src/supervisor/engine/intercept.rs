@@ -1,6 +1,8 @@
 //! What a program's calls of `bind` and `listen` come to: its sockets are kept, and a later generation is given them in
 //! place of its own.
 
+use std::cell::LazyCell;
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
@@ -145,11 +147,14 @@ impl Supervisor {
             }
             return Ok(Answer::Pass);
         }
+        if is_of_one_process(&address, caller.pid) {
+            return Ok(Answer::Pass);
+        }
         if let Some(named) = self.sockets.named_at(kind, &address) {
             return self.give(id, call, caller, own.as_fd(), named.as_fd(), &address);
         }
-        let held = self.held_by(id);
-        match self.sockets.kept.find(kind, &address, |inode| held.contains(&inode)) {
+        let worker = self.workers.get(&id).map(|worker| worker.pid);
+        match self.sockets.kept.find(kind, &address, is_held_by(worker)) {
             Found::NotYet => Ok(Answer::Later),
             Found::Socket(socket) => {
                 let kept = socket.fd().try_clone_to_owned()?;
@@ -193,10 +198,8 @@ impl Supervisor {
         }
         let Ok(address) = Address::of(own.as_fd()) else { return Ok(Answer::Pass) };
         if any_port {
-            let held = self.held_by(id);
-            if let Found::Socket(socket) =
-                self.sockets.kept.find_any_port(kind, &address, |inode| held.contains(&inode))
-            {
+            let worker = self.workers.get(&id).map(|worker| worker.pid);
+            if let Found::Socket(socket) = self.sockets.kept.find_any_port(kind, &address, is_held_by(worker)) {
                 let kept = socket.fd().try_clone_to_owned()?;
                 let answer = self.give(id, call, caller, own.as_fd(), kept.as_fd(), &address)?;
                 SockRef::from(&kept).listen(backlog)?;
@@ -207,6 +210,9 @@ impl Supervisor {
             Address::Path(path) => Address::Path(caller.path(None, &path)),
             other => other,
         };
+        if is_of_one_process(&address, caller.pid) {
+            return Ok(Answer::Pass);
+        }
         self.sockets.kept.expect_to_listen(own, address, any_port)?;
         Ok(Answer::Pass)
     }
@@ -223,7 +229,7 @@ impl Supervisor {
     ) -> io::Result<Answer> {
         let filter = self.workers.get(&id).and_then(|worker| worker.interception.as_ref()?.filter());
         let Some(filter) = filter else { return Ok(Answer::Pass) };
-        for option in carry_options_over(own, kept) {
+        for option in carry_options_over(own, kept, address) {
             log::warn!("process {} binds {address} with another {option} than before: it stays as it was", caller.pid);
         }
         replace(call, filter, caller, own, kept).inspect_err(|error| {
@@ -236,7 +242,7 @@ impl Supervisor {
     fn is_listener_of(&self, thread: Pid, number: RawFd) -> bool {
         let inode = std::fs::read_link(format!("/proc/{thread}/fd/{number}"));
         let inode = inode.ok().and_then(|link| family::socket_inode(&link));
-        inode.is_some_and(|inode| self.sockets.inodes().iter().any(|(_, listener)| *listener == inode))
+        inode.is_some_and(|inode| self.sockets.has(inode))
     }
 
     /// Takes a listener from the program instead: to shut it down is to shut it down for all who have it. The program is left
@@ -261,11 +267,6 @@ impl Supervisor {
         self.machine.worker(id).is_some_and(|worker| worker.is_starting())
     }
 
-    /// The inodes of all sockets of a worker and of what it has started.
-    fn held_by(&self, id: WorkerId) -> Vec<u64> {
-        self.workers.get(&id).map(|worker| family::sockets(worker.pid)).unwrap_or_default()
-    }
-
     /// Closes what no process of the generation that serves has, and says what that was.
     pub(super) fn close_unwanted(&mut self) -> Vec<String> {
         let generation = self.machine.generation();
@@ -276,13 +277,14 @@ impl Supervisor {
         if ids.len() < self.machine.wanted() || stages.iter().any(|stage| *stage != Stage::Ready) {
             return vec![];
         }
-        let held: Vec<u64> = ids.into_iter().flat_map(|id| self.held_by(id)).collect();
+        let pids = ids.iter().filter_map(|id| self.workers.get(id)).map(|worker| worker.pid);
+        let held: HashSet<u64> = pids.flat_map(family::sockets).collect();
         self.sockets.close_kept(|inode| held.contains(&inode), self.notifier.as_ref())
     }
 
     /// The new generation serves: what it has not asked for is closed. Says what it has kept, added and not asked for.
     pub(super) fn take_stock(&mut self) -> Option<Claims> {
-        if !self.options.intercept {
+        if !self.options.intercepts() {
             return None;
         }
         let unclaimed = self.close_unwanted();
@@ -295,7 +297,7 @@ impl Supervisor {
     }
 
     pub(super) fn look_for_closed_later(&mut self) {
-        self.timers.closed = self.options.intercept.then(|| Instant::now() + CLOSED_INTERVAL);
+        self.timers.closed = self.options.intercepts().then(|| Instant::now() + CLOSED_INTERVAL);
     }
 
     /// A program may close what it listens on while it serves. Then clients are to be refused, not left waiting.
@@ -330,6 +332,36 @@ fn replace(
     numbers.try_for_each(|(number, cloexec)| call.replace_fd(filter, by, number, cloexec))
 }
 
+/// Whether a process has put its own pid into the name: no other will ever listen there.
+fn is_of_one_process(address: &Address, pid: Pid) -> bool {
+    let name = match address {
+        Address::Path(path) => path.file_name().unwrap_or_default().as_encoded_bytes(),
+        Address::Abstract(name) => name,
+        Address::Ip(_) => return false,
+    };
+    let pid = pid.to_string();
+    name.split(|byte| !byte.is_ascii_digit()).any(|number| number == pid.as_bytes())
+}
+
+/// Whether the worker, or what it has started, has a socket with that inode. It is looked only if somebody asks.
+fn is_held_by(worker: Option<Pid>) -> impl Fn(u64) -> bool {
+    let held = LazyCell::new(move || worker.map(family::sockets).unwrap_or_default());
+    move |inode| held.contains(&inode)
+}
+
 fn is_any_port(address: &Address) -> bool {
     matches!(address, Address::Ip(ip) if ip.port() == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_one_process() {
+        let is = |path: &str| is_of_one_process(&Address::unix(path.as_ref()), Pid::from_raw(812));
+        assert!(is("/run/handover/812.sock") && is("/tmp/.java_pid812") && is("@app-812-control"));
+        assert!(!is("/run/8123.sock") && !is("/run/812/app.sock") && !is("/run/app.sock"));
+        assert!(!is_of_one_process(&Address::Ip("127.0.0.1:812".parse().unwrap()), Pid::from_raw(812)));
+    }
 }

@@ -102,7 +102,7 @@ impl Supervisor {
 
     /// Kills those that were dismissed and serve nobody.
     pub(super) fn look_at_dismissed(&mut self, now: Instant) {
-        let (listeners, addresses) = (self.sockets.inodes(), self.sockets.addresses());
+        let (listeners, addresses) = (self.sockets.watched(), self.sockets.addresses());
         for worker in self.workers.values_mut() {
             if worker.dismissed.take_if(|until| *until <= now).is_some() {
                 let serves = worker.waits_on_any(&listeners) || connections::open(&[worker.pid], &addresses) != [0];

@@ -79,7 +79,7 @@ fn wrong_usage() {
         run(command).exits_with(2)
     };
     exec(&[]).complains("PROGRAM");
-    exec(&["--", "true"]).complains("name its address with --listen");
+    exec(&["--intercept", "off", "--", "true"]).complains("name its address with --listen");
     exec(&["--listen", "nowhere", "--", "true"]).complains("is no address");
     exec(&["--listen", "a=0", "--listen", "a=0", "--", "true"]).complains("a listener of that name already");
     exec(&["--listen", "0", "--workers", "0", "--", "true"]).complains("0");
