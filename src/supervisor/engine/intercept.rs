@@ -161,7 +161,7 @@ impl Supervisor {
                 self.give(id, call, caller, own.as_fd(), kept.as_fd(), &address)
             }
             Found::Nothing => {
-                if let Some(kept) = self.sockets.kept.overlap(kind, &address) {
+                if let Some(kept) = self.sockets.kept.overlap(kind, &address, own.as_fd()) {
                     log::warn!(
                         "process {} binds {address}, which overlaps {kept}: the kernel may refuse that",
                         caller.pid
@@ -259,7 +259,9 @@ impl Supervisor {
     }
 
     /// A path that clients know stays, whoever removes it, as long as it is served.
-    fn remove(&self, path: &std::path::Path) -> Answer {
+    fn remove(&mut self, path: &std::path::Path) -> Answer {
+        // The new build may just have bound it.
+        self.sockets.kept.settle();
         if self.sockets.is_at(path) { Answer::Done } else { Answer::Pass }
     }
 
