@@ -58,7 +58,7 @@ build() {
         die "Rust is missing: see https://rustup.rs (and run \`. ~/.cargo/env\` afterwards)"
     command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
         die "a C linker is missing: apt install gcc, or what your system calls it"
-    cargo build --release --all-features --bins --examples "$@"
+    cargo build --release --features axum --bins --examples "$@"
     release="$(target_directory)/release"
     handover="$release/handover"
     examples="$release/examples"

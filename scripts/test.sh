@@ -6,6 +6,7 @@
 #   shell    the scripts themselves: shellcheck, and ansible-lint where it is installed
 #   unit     the library's own tests and the examples in its documentation
 #   it       tests with real processes
+#   faults   each fault at each step of an upgrade, as docs/reliability.md has it
 #   python   the protocol, played from each side by Python as docs/protocol.md tells it
 #   programs real programs under `handover exec`: in Node (Express, and as for pm2), Python (gunicorn), Go, Java and Perl
 #            (starman), and nginx, HAProxy and redis where they are installed. HANDOVER_UPGRADES=N of each [20; 10 of those
@@ -21,7 +22,7 @@
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
-all=(shell unit it python programs systemd fleet demo load soak)
+all=(shell unit it faults python programs systemd fleet demo load soak)
 parts=()
 for argument in "$@"; do
     case $argument in
@@ -124,8 +125,13 @@ run() {
         it)
             # The programs that the tests start. `cargo test --examples` would build them as tests instead.
             cargo build --all-features --examples --bins
-            cargo test --all-features --test it
+            cargo test --all-features --test it -- --skip faults::
             cargo test --all-features --example oracle arguments_are_checked
+            ;;
+        faults)
+            cargo build --all-features --examples --bins
+            # One table after the other: each runs many services at once.
+            cargo test --all-features --test it -- --test-threads 1 --nocapture faults::
             ;;
         python)
             cargo build --all-features --examples --bins

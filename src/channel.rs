@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags};
 use sendfd::SendWithFd;
 
 use crate::both::both;
+use crate::fault;
 use crate::protocol::{
     FD_BYTE, FDS_PER_MESSAGE, HEADER_BYTES, Header, MANY, Malformed, Message, Offer, VERSIONS, Versions,
 };
@@ -80,6 +81,7 @@ impl Channel {
     /// closed the channel is no error here: what it said before is still to be read, and after that comes the end.
     pub(crate) fn send(&mut self, message: &Message, fds: Vec<Arc<OwnedFd>>) -> Result<(), Broken> {
         let bytes = message.encode().map_err(|malformed| io::Error::other(malformed.0))?;
+        let bytes = fault::sends(message.name(), bytes, &self.stream);
         self.outgoing.push_back(Outgoing::Bytes { bytes, sent: 0 });
         self.outgoing.extend(fds.chunks(FDS_PER_MESSAGE).map(|fds| Outgoing::Fds(fds.to_vec())));
         Ok(self.flush()?)
@@ -117,6 +119,11 @@ impl Channel {
             }
         }
         Ok(())
+    }
+
+    #[cfg(feature = "fault-points")]
+    pub(crate) fn stream(&self) -> &UnixStream {
+        &self.stream
     }
 
     /// What `poll` should look for.
@@ -179,6 +186,7 @@ impl Channel {
         if !self.read_exact(&mut body, deadline)? {
             return Ok(None);
         }
+        fault::reached("new: offer", Some(self));
         if header.fds < MANY {
             let offer = decode_offer(header, &body)?;
             return Ok(self.receive_fds(header.fds, deadline)?.map(|fds| (offer, fds)));

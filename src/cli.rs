@@ -50,7 +50,7 @@ const PID_FILE_BYTES_MAX: u64 = 64;
     handover status --pid 4711           what serves now, and what came of the last upgrade\n  \
     handover restart --pid 4711          end it, then start the new build; clients wait\n  \
     handover stop --pid 4711             finish the open connections, then exit\n  \
-    handover exec --listen 8080 -- node server.js\n                                       \
+    handover exec -- node server.js\n                                       \
     keep a pid and the sockets for any program\n\n\
     Exit codes:\n  \
     0  done\n  \

@@ -34,7 +34,7 @@ use crate::upgrade::{self, Origin, Refusal, Timer, Upgrade};
 pub(crate) use announce::{listener_status, queue_of};
 use attempt::{Attempt, Process, Report, Requester};
 #[cfg(feature = "cli")]
-pub(crate) use attempt::{exit_words, milliseconds_since};
+pub(crate) use attempt::{exit_words, milliseconds_since, stands_still};
 use new_side::Upstream;
 use restart::Restarted;
 pub(crate) use signals::SignalPipe;
@@ -449,7 +449,11 @@ impl Engine {
 
     fn on_time(&mut self, now: Instant) {
         if passed(&mut self.timers.ready, now) {
-            self.tell_old_side(upgrade::Event::TimedOut(Timer::Ready));
+            // Where it was this process that stood still, what the new one has said lies there unread.
+            self.read_channel();
+            if self.timers.ready.is_none() {
+                self.tell_old_side(upgrade::Event::TimedOut(Timer::Ready));
+            }
         }
         if passed(&mut self.timers.trial, now) {
             self.end_trial();

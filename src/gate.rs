@@ -79,12 +79,19 @@ impl Gate {
         for socket in sockets.iter() {
             socket.move_to(next);
         }
-        // Level-triggered: set for as long as the gate is not open, so no waiter can miss it.
-        let _ = match next {
-            GateState::Open => self.not_open.read().map(drop),
-            GateState::Shut | GateState::Closed => self.not_open.write(1).map(drop),
-        };
-        self.state.update(|state| *state = next);
+        // The event is level-triggered: set for as long as the gate is not open, so no waiter can miss it. It wakes every thread
+        // that waits on a listener, so they must find the state as it is to be, or all of them would fight for its lock until
+        // this thread gets it, which with thousands of them takes longer than a client's patience.
+        match next {
+            GateState::Open => {
+                let _ = self.not_open.read();
+                self.state.update(|state| *state = next);
+            }
+            GateState::Shut | GateState::Closed => {
+                self.state.update(|state| *state = next);
+                let _ = self.not_open.write(1);
+            }
+        }
     }
 
     /// Calls `attempt` on the socket when the gate is open and there is something to take. `None` once the gate is

@@ -100,6 +100,8 @@ mod pid_file;
 mod watch;
 mod poll;
 mod both;
+mod text;
+mod fault;
 mod error;
 mod sys;
 

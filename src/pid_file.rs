@@ -22,7 +22,9 @@ impl PidFile {
     /// Everything that can fail, before anybody relies on this process: a full disk, a missing directory.
     pub(crate) fn prepare(&self) -> Result<(), Error> {
         let write = || -> io::Result<()> {
-            let mut file = fs::File::create(&self.prepared)?;
+            // A link that somebody has planted there, or what a process of the same pid has left, is no file to write to.
+            self.discard();
+            let mut file = fs::File::create_new(&self.prepared)?;
             writeln!(file, "{}", std::process::id())?;
             file.sync_all()
         };

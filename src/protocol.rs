@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::text::printable;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::shared::unix_ms;
@@ -446,7 +447,7 @@ impl Message {
             serde_json::from_slice(body).map_err(|error| Malformed(format!("a bad frame of kind {kind}: {error}")))
         }
         fn reason(kind: u16, body: &[u8]) -> Result<String, Malformed> {
-            Ok(parse::<ReasonBody<'_>>(kind, body)?.reason.into_owned())
+            Ok(printable(&parse::<ReasonBody<'_>>(kind, body)?.reason))
         }
         let kind = header.kind;
         let message = match kind {
@@ -457,7 +458,7 @@ impl Message {
             }
             3 => {
                 let RefusedBody { reason, protocol } = parse(kind, body)?;
-                Self::Refused { reason: reason.into_owned(), protocol }
+                Self::Refused { reason: printable(&reason), protocol }
             }
             4 => Self::Starting { reason: reason(kind, body)? },
             5 => Self::GaveUp { reason: reason(kind, body)? },

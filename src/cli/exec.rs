@@ -15,19 +15,22 @@ pub(crate) const NOT_EXECUTED: u8 = 127;
 
 /// Run a program of any kind, and replace it without dropping a connection
 ///
-/// Keeps one pid, holds the listening sockets, and runs the program below it with as many processes as it is told. At
+/// Keeps one pid, holds the listening sockets (those of --listen, else those that the program binds by itself), and runs
+/// the program below it with as many processes as it is told. At
 /// `handover upgrade` it starts the new build beside the old one, waits until every new process is proved to be ready,
 /// and only then tells the old ones to stop. A new build that fails is killed, and the old one serves on.
 #[derive(Args, Debug)]
 // What stands on the command line goes before what stands in the file.
 #[command(args_override_self = true)]
 #[command(after_long_help = "Examples:\n  \
-    handover exec --listen 8080 -- python3 server.py\n  \
+    handover exec -- python3 -m http.server 8080\n  \
+    handover exec --take-over 4711 -- ./server\n  \
+    handover exec --listen 8080 -- ./takes-listen-fds\n  \
     handover exec --listen http=0.0.0.0:80 --workers 4 --user www --name web -- ./server\n  \
     handover exec --listen 8080 --ready message -- node server.js\n  \
     handover upgrade --name web          replace the program; or `kill -USR2`\n  \
     handover stop --name web             drain, then exit; or `kill -TERM`, or ^C\n\n\
-    The program finds its sockets from fd 3 on (LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID as from systemd;\n\
+    The program finds the sockets of --listen from fd 3 on (LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID as from systemd;\n\
     SERVER_STARTER_PORT; EINHORN_FD_0). It runs until it is told to stop; one that ends by itself is\n\
     started again.")]
 pub(crate) struct Arguments {

@@ -32,8 +32,12 @@ impl Output {
         self.json
     }
 
-    /// Whoever reads may have gone (`| head`); what is being done goes on all the same.
     pub(super) fn line(&mut self, text: &str) {
+        self.lines(&printable(text));
+    }
+
+    /// Whoever reads may have gone (`| head`); what is being done goes on all the same.
+    fn lines(&mut self, text: &str) {
         let start = if std::mem::take(&mut self.open_line) { "\r\x1b[K" } else { "" };
         let _ = writeln!(io::stdout().lock(), "{start}{text}");
     }
@@ -41,13 +45,13 @@ impl Output {
     /// A line that may be long, broken at the edge of a terminal.
     pub(super) fn long_line(&mut self, text: &str, indent: usize) {
         let width = width(&io::stdout());
-        self.line(&wrapped(text, width, indent));
+        self.lines(&wrapped(&printable(text), width, indent));
     }
 
     fn over_line(&mut self, text: &str) {
         let mut stdout = io::stdout().lock();
         // One that goes on in the next line could not be written over.
-        let text = shortened(text, width(&stdout).map_or(usize::MAX, |width| width.saturating_sub(1)));
+        let text = shortened(&printable(text), width(&stdout).map_or(usize::MAX, |width| width.saturating_sub(1)));
         let _ = write!(stdout, "\r\x1b[K{text}");
         let _ = stdout.flush();
         self.open_line = true;
@@ -130,7 +134,7 @@ impl Output {
         let (mut stderr, prefix) = (io::stderr().lock(), error_prefix());
         let width = width(&stderr);
         for line in lines {
-            let _ = writeln!(stderr, "{prefix}{}", wrapped(line, width, 2));
+            let _ = writeln!(stderr, "{prefix}{}", wrapped(&printable(line), width, 2));
         }
     }
 
@@ -160,6 +164,11 @@ fn last_lines(lines: &[String]) -> &[String] {
     let fits = |line: &&String| room.checked_sub(line.len()).inspect(|left| room = *left).is_some();
     let count = lines.iter().rev().take_while(fits).count();
     &lines[lines.len() - count..]
+}
+
+/// What processes say of themselves, and of others: none of it is to move the cursor, or to look like a line of ours.
+fn printable(text: &str) -> String {
+    text.chars().map(|one| if one.is_control() && one != '\t' { '\u{fffd}' } else { one }).collect()
 }
 
 /// With a mark where something was cut off.

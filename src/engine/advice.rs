@@ -15,6 +15,9 @@ pub(crate) fn advice(failure: Failure, cause: &str, exit: Option<&str>, silent: 
             Some("upgrade by way of a build that speaks both versions")
         }
         Failure::Refused => None,
+        Failure::NotAccepting if cause.contains("stands still") => {
+            Some("who stopped it? A program in the background that uses its terminal is stopped, too")
+        }
         Failure::NotAccepting => Some("its accept loop does not run: see its log"),
         Failure::ChannelBroken if cause.contains("closed the channel") => {
             Some("does it use the library, and leave fd 3 open?")

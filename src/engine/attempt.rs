@@ -1,5 +1,6 @@
 //! One upgrade as the old process sees it: the new process, the channel to it, who asked, and how it is told.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::Sender;
@@ -157,6 +158,11 @@ impl Process {
         }
     }
 
+    /// Stopped, by SIGSTOP or a terminal. Only a child is looked at: another pid may mean somebody else here.
+    pub(super) fn stands_still(&self) -> bool {
+        self.is_child && stands_still(self.pid)
+    }
+
     pub(super) fn kill(&self) {
         // ESRCH: it is gone already. EPERM: it pulled, as another user.
         let _ = sys::pidfd_send_signal(self.pidfd.as_fd(), Signal::SIGKILL);
@@ -173,6 +179,12 @@ impl Process {
         let deadline = Some(Instant::now() + longest);
         crate::poll::wait(self.pidfd.as_fd(), PollFlags::POLLIN, deadline).unwrap_or(false)
     }
+}
+
+/// Whether a process is stopped, by SIGSTOP or a terminal.
+pub(crate) fn stands_still(pid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('T'))
 }
 
 /// How a process ended, if it has.

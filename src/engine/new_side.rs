@@ -10,6 +10,7 @@ use super::Engine;
 use super::attempt::Process;
 use crate::channel::{Broken, Channel, Received};
 use crate::control::messages::{LastUpgrade, Outcome};
+use crate::fault;
 use crate::inherit::{Action, Event, Stage};
 use crate::listeners::Unclaimed;
 use crate::pid_file::PidFile;
@@ -49,6 +50,7 @@ impl Engine {
     pub(super) fn answer_offer(&mut self) {
         if let Some(adopted) = self.upstream.as_mut().and_then(|upstream| upstream.adopted.take()) {
             self.send_upstream(adopted);
+            self.new_comes_to("new: adopted");
         }
     }
 
@@ -77,6 +79,7 @@ impl Engine {
                 Action::SendReady => {
                     let claims = self.shared.listeners().claims();
                     self.send_upstream(Message::Ready(claims));
+                    self.new_comes_to("new: ready");
                 }
                 Action::SendStarting => self.send_upstream(Message::Starting { reason: reason.clone() }),
                 Action::SendGaveUp => self.send_upstream(Message::GaveUp { reason: reason.clone() }),
@@ -163,6 +166,7 @@ impl Engine {
         if upstream.told_accepting != waited_on.len() + 1 {
             upstream.told_accepting = waited_on.len() + 1;
             self.send_upstream(Message::Accepting { listeners: waited_on });
+            self.new_comes_to("new: accepting");
         }
     }
 
@@ -172,6 +176,16 @@ impl Engine {
             // Its end is read in its turn, and decides.
             log::debug!("the old process {broken}");
         }
+    }
+
+    fn new_comes_to(&self, step: &str) {
+        fault::reached(step, self.upstream.as_ref().map(|upstream| &upstream.channel));
+    }
+
+    /// Before commit whoever sends it lives, and must not be taken for dead. After it he may have settled, and then nobody else
+    /// serves; where he would rather have the listeners back he kills this process first.
+    fn on_nonsense(&self) -> Event {
+        if self.inherit.stage() == Stage::Trial { Event::ChannelEnded } else { Event::Aborted }
     }
 
     pub(super) fn read_upstream(&mut self) {
@@ -184,22 +198,24 @@ impl Engine {
                 Ok(Received::Message(Message::Settled)) => (Event::Settled, String::new(), true),
                 Ok(Received::Message(Message::Aborted { reason })) => (Event::Aborted, reason, true),
                 Ok(Received::End) => (Event::ChannelEnded, String::new(), true),
-                // It lives, and does not keep to the protocol: it must not be taken for dead.
                 Ok(Received::Message(other)) => {
-                    (Event::Aborted, format!("the old process sent `{}` out of turn", other.name()), true)
+                    (self.on_nonsense(), format!("the old process sent `{}` out of turn", other.name()), true)
                 }
                 Err(broken @ (Broken::Malformed(_) | Broken::Versions(_))) => {
-                    (Event::Aborted, format!("the old process {broken}"), true)
+                    (self.on_nonsense(), format!("the old process {broken}"), true)
                 }
                 Err(Broken::Io(_)) => (Event::ChannelEnded, String::new(), true),
             };
+            match event {
+                Event::Commit => self.new_comes_to("new: commit"),
+                Event::Settled => self.new_comes_to("new: settled"),
+                _ => {}
+            }
             if event == Event::ChannelEnded && self.inherit.stage() != Stage::Owner {
                 // Nobody reads that pipe any more.
                 self.take_stderr();
-                log::warn!(
-                    "the old process died in the middle of the upgrade: generation {} takes over",
-                    self.shared.generation
-                );
+                let cause = if reason.is_empty() { "the old process died" } else { &reason };
+                log::warn!("{cause} in the middle of the upgrade: generation {} takes over", self.shared.generation);
             }
             self.tell_new_side_with(event, reason);
             if over {

@@ -16,6 +16,8 @@ use super::attempt::{Attempt, Process, REAPED_BY_OTHERS, Report, Requester};
 use super::{CUT_GRACE, Command, Engine};
 use crate::channel::{Broken, Channel, Received};
 use crate::control::messages::{Outcome, ResultEvent, UpgradeRequest, Wait};
+use crate::error::{Error, ErrorKind};
+use crate::fault;
 use crate::listeners::Entry;
 use crate::protocol::{AdoptedListener, Kind, Message, Offer, OfferedListener, OfferedState, VERSIONS};
 use crate::shared::{Drained, Shared};
@@ -73,13 +75,16 @@ impl Engine {
             // `begin` asks before it triggers, so that an upgrade under way is not forgotten.
             Action::Refuse(_) => {}
             Action::Spawn => {
+                self.old_comes_to("old: asked");
                 let spawned = self.spawn();
+                self.old_comes_to("old: spawned");
                 return Some(spawned.map_or_else(|(failure, cause)| self.failed(failure, cause), |()| Event::Spawned));
             }
             Action::Offer => {
                 if let Err(cause) = self.offer() {
                     return Some(self.failed(Failure::ChannelBroken, cause));
                 }
+                self.old_comes_to("old: offered");
             }
             Action::ShutGate => {
                 self.shared.gate.shut();
@@ -96,6 +101,7 @@ impl Engine {
                 if let Err(cause) = self.send(Message::Commit) {
                     return Some(self.failed(Failure::ChannelBroken, cause));
                 }
+                self.old_comes_to("old: committed");
             }
             Action::Settle => self.settle(),
             Action::Release => self.drain.upgraded = true,
@@ -144,6 +150,7 @@ impl Engine {
         let Some(attempt) = &mut self.attempt else { return Err(not_spawned("was never asked for".to_owned())) };
         let plan = Plan::new(&shared.started, &shared.config, &attempt.request, shared.previous.as_ref());
         let plan = plan.map_err(|error| not_spawned(error.to_string()))?;
+        fault::reached("old: looked at", None);
         let io = |error: io::Error| not_spawned(format!("cannot be spawned: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(io)?;
         let (pipe, stderr) = match shared.config.capture_stderr {
@@ -166,7 +173,13 @@ impl Engine {
         watched.map_err(|error| match error.raw_os_error() {
             Some(libc::ESRCH) => (Failure::Exited, REAPED_BY_OTHERS.to_owned()),
             _ => io(error),
-        })
+        })?;
+        if plan.was_replaced(pid) {
+            let tried = format!("start the new build `{}`", plan.program.display());
+            let error = Error::new(ErrorKind::NotUpgraded, tried, "another was put there when it had been looked at");
+            return Err(not_spawned(error.mend("ask again").to_string()));
+        }
+        Ok(())
     }
 
     /// The listeners as they are now, and the application's state.
@@ -293,6 +306,7 @@ impl Engine {
                     return self.failed(Failure::ChannelBroken, cause);
                 }
                 attempt.adopted = true;
+                self.old_comes_to("old: adopted");
                 Event::Adopted
             }
             (S::Starting, Message::Refused { reason, .. }) => {
@@ -304,6 +318,7 @@ impl Engine {
             }
             (S::Adopted, Message::Ready(claims)) => {
                 attempt.claims = claims;
+                self.old_comes_to("old: ready");
                 Event::Ready
             }
             (S::Adopted | S::Trial, Message::GaveUp { reason }) => {
@@ -320,7 +335,7 @@ impl Engine {
     }
 
     /// At the end of the trial the new process must have said that it accepts, and no connection may wait where its
-    /// application has never waited for any.
+    /// application has never waited for any; and it must not stand still, because nobody would take over from it.
     pub(super) fn end_trial(&mut self) {
         // The last look: from here on nobody takes over from it.
         self.on_new_process_end();
@@ -343,6 +358,10 @@ impl Engine {
     }
 
     fn why_it_does_not_serve(&mut self) -> Option<String> {
+        let process = self.attempt.as_ref().and_then(|attempt| attempt.process.as_ref());
+        if process.is_some_and(Process::stands_still) {
+            return Some("became ready and stands still (SIGSTOP, or a terminal)".to_owned());
+        }
         // A trial may be shorter than the way of a frame.
         let answered = |this: &Self| this.attempt.as_ref().is_none_or(|attempt| attempt.accepting.is_some());
         let patience = Instant::now() + ACCEPTING_PATIENCE;
@@ -379,6 +398,11 @@ impl Engine {
         let Some(attempt) = &mut self.attempt else { return };
         attempt.channel = None;
         self.successors.extend(attempt.process.take());
+        self.old_comes_to("old: settled");
+    }
+
+    fn old_comes_to(&self, step: &str) {
+        fault::reached(step, self.attempt.as_ref().and_then(|attempt| attempt.channel.as_ref()));
     }
 
     /// The new process may have put its own in place.
@@ -502,6 +526,7 @@ impl Engine {
         self.shared.connections.watch_for_idle();
         self.shared.begin_drain(upgraded, deadline);
         run_drain_hooks(&self.shared);
+        self.old_comes_to("old: draining");
     }
 
     /// A stop that names a time means it, also when this process drains already.

@@ -19,6 +19,7 @@ use crate::channel::{Broken, Channel};
 use crate::control::{Client, Target};
 use crate::engine::SignalPipe;
 use crate::error::{Error, ErrorKind};
+use crate::fault;
 use crate::listeners::{Address, Inherited, Source, kind_of};
 use crate::protocol::{
     AdoptedListener, BuildIdentity, CHANNEL_VARIABLE, DrainingGeneration, Kind, MANY, Message, Offer, OfferedAddress,
@@ -135,6 +136,7 @@ fn receive(
 ) -> Result<Option<Handed>, Error> {
     let failed = |cause: String| Error::new(ErrorKind::Failed, tried, cause);
     let mut channel = Channel::new(stream).map_err(|error| Error::io(tried, error))?;
+    fault::reached("new: started", Some(&channel));
     let (offer, fds) = match channel.receive_offer(Instant::now() + OFFER_TIMEOUT) {
         Ok(Some(offered)) => offered,
         Ok(None) => return Ok(None),

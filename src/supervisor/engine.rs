@@ -429,6 +429,10 @@ impl Supervisor {
 
     fn on_time(&mut self, now: Instant) {
         if self.machine.deadline().is_some_and(|deadline| deadline <= now) {
+            // Where it was this process that stood still, what workers have said lies there unread.
+            self.hear_workers();
+            self.look_at_workers();
+            self.look_at_those_that_stand_still();
             self.tell(Event::Tick);
         }
         if passed(&mut self.timers.drain_count, now) {

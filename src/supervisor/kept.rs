@@ -256,9 +256,8 @@ impl Kept {
         self.sockets.iter().filter(|socket| socket.serves())
     }
 
-    /// Whether a path would have to be guarded, as far as it is known.
-    pub(super) fn may_have_path(&self) -> bool {
-        self.sockets.is_empty() || self.sockets.iter().any(|socket| matches!(socket.address, Address::Path(_)))
+    pub(super) fn has_path(&self) -> bool {
+        self.sockets.iter().any(|socket| matches!(socket.address, Address::Path(_)))
     }
 
     /// Whether clients find one of them by that path.

@@ -10,6 +10,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, setsoc
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
+use crate::text::printable;
 use crate::{saved, sys};
 
 /// What a worker can say; other lines are for a service manager, and this is none.
@@ -55,7 +56,7 @@ impl NotifySocket {
             }
             for line in String::from_utf8_lossy(buffer.get(..count).unwrap_or_default()).lines() {
                 said.ready |= line == "READY=1";
-                said.status = line.strip_prefix("STATUS=").map(str::to_owned).or(said.status);
+                said.status = line.strip_prefix("STATUS=").map(printable).or(said.status);
             }
         }
         said

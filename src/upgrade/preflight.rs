@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::{FsFlags, statvfs};
@@ -11,7 +11,7 @@ use nix::unistd::{AccessFlags, eaccess};
 use crate::error::{Error, ErrorKind};
 
 /// What an upgrade looks at before it starts a program: it exists, is a file, is executable for this user, and neither
-/// it nor its directory is writable to all.
+/// it nor any directory on the way to it is writable to all.
 ///
 /// # Errors
 ///
@@ -50,16 +50,38 @@ pub fn check(program: &Path) -> Result<(), Error> {
             "`chmod o-w` before it is run as this user",
         );
     }
-    let real = fs::canonicalize(program).unwrap_or_else(|_| program.to_path_buf());
-    let directory = real.parent().and_then(|parent| fs::metadata(parent).ok());
-    // In a sticky directory like /tmp others cannot replace the file.
-    if directory.is_some_and(|directory| directory.permissions().mode() & 0o1002 == 0o002) {
-        return refuse(
-            "anybody may replace it: its directory is writable to all".to_owned(),
-            "`chmod o-w` the directory",
-        );
+    if let Some(directory) = open_to_all(program) {
+        let cause = format!("anybody may replace it: the directory {} is writable to all", directory.display());
+        return refuse(cause, "`chmod o-w` the directory");
     }
     Ok(())
+}
+
+/// A directory on the way to `path`, also by its links, where anybody may put something else in the place of what is there.
+fn open_to_all(path: &Path) -> Option<PathBuf> {
+    // As many as the kernel follows.
+    const LINKS_MAX: usize = 40;
+    let mut path = std::path::absolute(path).ok()?;
+    for _ in 0..LINKS_MAX {
+        let (link, target) = 'links: {
+            let mut parts: Vec<&Path> = path.ancestors().collect();
+            while let Some(part) = parts.pop() {
+                let metadata = fs::symlink_metadata(part).ok()?;
+                if metadata.is_symlink() {
+                    break 'links (part, fs::read_link(part).ok()?);
+                }
+                // In a sticky directory like /tmp others cannot replace what is not theirs.
+                if metadata.is_dir() && metadata.mode() & 0o1002 == 0o002 {
+                    return Some(part.to_path_buf());
+                }
+            }
+            return None;
+        };
+        let rest = path.strip_prefix(link).ok()?.to_path_buf();
+        let led = link.parent()?.join(target);
+        path = if rest.as_os_str().is_empty() { led } else { led.join(rest) };
+    }
+    None
 }
 
 /// Why exec failed, where the error alone does not say.
@@ -132,6 +154,7 @@ fn dangling_link(path: &Path) -> Option<(&Path, PathBuf)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     struct Files(PathBuf);
 
@@ -171,8 +194,36 @@ mod tests {
         assert!(refused(&files.file("open", b"", 0o757)).contains("mode 0757"));
         let good = files.file("good", b"", 0o755);
         check(&good).unwrap();
+        let open = |path: &Path| format!("anybody may replace it: the directory {} is writable to all", path.display());
         fs::set_permissions(&files.0, fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(refused(&good).contains("its directory is writable"));
+        assert!(refused(&good).contains(&open(&files.0)));
+    }
+
+    /// Whoever may replace a directory, or a link, may replace what is behind it.
+    #[test]
+    fn a_directory_further_up_or_before_a_link_is_looked_at() {
+        let files = Files::new("way");
+        let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        let (up, links) = (files.0.join("up"), files.0.join("links"));
+        fs::create_dir_all(up.join("app/bin")).unwrap();
+        fs::create_dir(&links).unwrap();
+        let program = files.file("up/app/bin/server", b"", 0o755);
+        let link = links.join("current");
+        std::os::unix::fs::symlink("../up/app", &link).unwrap();
+        let by_link = link.join("bin/server");
+        check(&program).and_then(|()| check(&by_link)).unwrap();
+        for open in [&links, &up] {
+            mode(open, 0o777);
+            let refusal = check(&by_link).unwrap_err().to_string();
+            // By the link it is `links/../up`.
+            let name = open.file_name().unwrap().to_str().unwrap();
+            assert!(refusal.contains(&format!("/{name} is writable to all")), "{refusal}");
+            assert_eq!(check(&program).is_err(), *open == up);
+            // Like /tmp.
+            mode(open, 0o1777);
+            check(&by_link).unwrap();
+            mode(open, 0o755);
+        }
     }
 
     #[test]

@@ -117,6 +117,17 @@ pub(crate) struct Plan {
     signal_mask: SigSet,
     #[cfg_attr(feature = "cli", serde(with = "saved::signals"))]
     ignored: SigSet,
+    /// The file that was looked at.
+    #[cfg_attr(feature = "cli", serde(skip))]
+    looked_at: Option<FileIdentity>,
+}
+
+/// Device, inode, and when either the file or its name was changed last.
+type FileIdentity = (u64, u64, i64, i64);
+
+fn identity_of(path: &Path) -> Option<FileIdentity> {
+    let file = fs::metadata(path).ok()?;
+    Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))
 }
 
 impl Plan {
@@ -142,6 +153,7 @@ impl Plan {
         request.env.iter().for_each(|(name, value)| set(OsStr::new(name), Some(OsStr::new(value))));
         let path = environment.iter().find(|(name, _)| name == "PATH").map(|(_, value)| value.clone());
         let program = resolve(named, &started.directory, path.as_deref()).unwrap_or_else(|| named.clone());
+        let looked_at = identity_of(&program);
         preflight::check(&program)?;
         let argv0 = match other_program {
             Some(other) => other.clone().into_os_string(),
@@ -151,7 +163,7 @@ impl Plan {
         let mut argv = vec![argv0];
         argv.extend(arguments.unwrap_or_else(|| started.arguments.clone()));
         let (signal_mask, ignored) = (started.signal_mask, started.ignored);
-        Ok(Self { program, argv, environment, directory, signal_mask, ignored })
+        Ok(Self { program, argv, environment, directory, signal_mask, ignored, looked_at })
     }
 
     /// Starts it with one end of the channel, and with `stderr` for its fd 2 where that is to be another than ours.
@@ -191,6 +203,14 @@ impl Plan {
             })
         };
         spawn().map_err(|error| self.explain(error))
+    }
+
+    /// Whether something else was put there after it was looked at, and that is what runs as process `pid`.
+    ///
+    /// The file that runs may also be the interpreter of a script, or what a wrapper has executed since.
+    pub(crate) fn was_replaced(&self, pid: Pid) -> bool {
+        let is_another = |path: &Path| identity_of(path) != self.looked_at;
+        is_another(&self.program) && is_another(Path::new(&format!("/proc/{pid}/exe")))
     }
 
     fn explain(&self, error: io::Error) -> Error {

@@ -5,6 +5,7 @@ use std::io::{self, PipeReader, Read, Write};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use crate::text::printable;
 use crate::watch::lock;
 
 const LINES_KEPT: usize = 20;
@@ -34,9 +35,7 @@ impl Tail {
     fn end_line(&mut self) {
         let bytes = std::mem::take(&mut self.partial);
         let text = String::from_utf8_lossy(&bytes);
-        // A bad build must not be able to move the cursor of whoever reads the report.
-        let line: String =
-            text.trim_end().chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect();
+        let line = printable(text.trim_end());
         if self.lines.len() == LINES_KEPT {
             self.lines.pop_front();
         }

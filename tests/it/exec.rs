@@ -46,7 +46,7 @@ impl Server {
         self.status(self.first_pid()).workers
     }
 
-    fn worker_pids(&self) -> Vec<i32> {
+    pub(crate) fn worker_pids(&self) -> Vec<i32> {
         self.workers().iter().filter_map(|worker| worker.pid).collect()
     }
 
@@ -62,7 +62,7 @@ impl Server {
 
     /// Nothing of an earlier generation is left: the supervisor has its workers, no zombie and no fd more than these need.
     #[track_caller]
-    fn assert_supervises(&self, workers: usize) -> usize {
+    pub(crate) fn assert_supervises(&self, workers: usize) -> usize {
         let pid = self.first_pid();
         let mut wanted = self.wait_for_workers(workers);
         wanted.push(pid);

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::command::{Run, run};
 use crate::home::{HANDOVER, Home, fixture};
@@ -22,7 +23,9 @@ impl Group {
         if !is_root_or_skip("limits of control groups") {
             return None;
         }
-        let name = format!("handover-it-{}-{controller}", std::process::id());
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("handover-it-{}-{controller}-{number}", std::process::id());
         let own = fs::read_to_string("/proc/self/cgroup").unwrap();
         let own = own.lines().find_map(|line| line.split_once(&format!(":{controller}:/"))).map(|(_, path)| path);
         let is_version_2 = own.is_none();
@@ -98,6 +101,26 @@ fn memory_for_two_is_looked_for() {
     let run = check(&server).exits_with(0);
     let line = run.stdout.lines().find(|line| line.contains("has room for a second copy")).unwrap();
     assert!(line.starts_with("ok       process "), "{line}");
+    server.upgrade(&[]).exits_with(0);
+}
+
+/// Two generations live in the group for a while. The new one wants more than there is: it is by far the largest, and so the
+/// one that the kernel ends; the old one serves on. It has nothing to do meanwhile: where it asks for memory at that very
+/// moment the kernel may end it as well.
+#[test]
+fn a_new_build_that_takes_all_the_memory() {
+    let Some(group) = Group::new("memory") else { return };
+    let server = group.start(&[]);
+    let old = server.first_pid();
+    let _ = server.settled_holdings(old);
+    let used = group.read(if group.is_version_2 { "memory.current" } else { "memory.usage_in_bytes" });
+    group.limit("memory", used + (128 << 20));
+    let run = server.upgrade_with_fault("eats-mebibytes=1024", &[]).exits_with(1);
+    run.complains("was killed by SIGKILL before it was ready")
+        .complains("out of memory? `dmesg` tells")
+        .complains("serves on");
+    server.assert_only(old);
+    assert_eq!(server.answerer().generation, 1);
     server.upgrade(&[]).exits_with(0);
 }
 

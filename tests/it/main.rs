@@ -22,6 +22,8 @@ mod old_process;
 mod control;
 mod old_wire;
 mod limits;
+mod hostile;
+mod resources;
 mod pid_file;
 mod binary;
 mod previous;
@@ -42,3 +44,5 @@ mod activation;
 mod namespaces;
 mod load;
 mod exec;
+#[cfg(feature = "fault-points")]
+mod faults;

@@ -79,7 +79,7 @@ fn in_a_directory_writable_to_all() {
     fs::create_dir(server.home.path("open")).unwrap();
     let file = server.home.copy_of_fixture("open/server");
     fs::set_permissions(server.home.path("open"), fs::Permissions::from_mode(0o777)).unwrap();
-    program(&file, &server).complains("its directory is writable to all");
+    program(&file, &server).complains("/open is writable to all");
 }
 
 #[test]

@@ -12,7 +12,7 @@ import unittest
 from typing import Any, Dict, List, Union
 
 from alone import Restarted
-from lab import HERE, Intercepted, built, connect, free_port, needs, program, wait_for
+from lab import HERE, Intercepted, Oracle, built, connect, free_port, needs, program, wait_for
 
 UPGRADES = int(os.environ.get("HANDOVER_UPGRADES", "10"))
 # Of what is compared, each alone and with us.
@@ -159,6 +159,19 @@ class AnyProgram(unittest.TestCase):
             service.wait_until_drained()
             wait_for("the path is there", lambda: answers(path))
         self.assertNotIn("Control server error", service.written())
+
+    @needs(built("gunicorn/bin/gunicorn"))
+    def test_a_path_that_a_later_build_adds(self) -> None:
+        first = gunicorn(f"127.0.0.1:{free_port()}")
+        service = Intercepted(self, [], *first)
+        path = os.path.join(service.directory, "http.sock")
+        service.upgrade("--", *first[1:-1], "--bind", f"unix:{path}", "wsgi")
+        oracle = Oracle(self, path, *AT_ONCE)
+        for _ in range(2):
+            service.upgrade()
+            service.wait_until_drained()
+        report = oracle.stop()
+        self.assertEqual(report["failed"], 0, report)
 
     def test_python_s_http_server(self) -> None:
         self.upgraded(Intercepted(self, [], program("files.sh"), "@DIR@", str(free_port())), *NEW)

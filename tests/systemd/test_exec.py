@@ -89,7 +89,23 @@ class Exec(ServiceCase):
         self.assertEqual(service.cookies(), cookies)
 
     def test_the_listeners_outlive_even_the_supervisor(self) -> None:
-        service = self.supervised()
+        self.they_outlive_the_supervisor(self.supervised())
+
+    def test_what_the_program_has_bound_itself_outlives_even_the_supervisor(self) -> None:
+        service = self.service()
+        service.install("plain")
+        binds = f"{service.program} poll 127.0.0.1:8080"
+        service.write_from_page("exec", ("--listen http=8080", "--trial 300ms"), (service.program, binds))
+        service.start()
+        self.assertEqual([one["source"] for one in service.status()["listeners"]], ["intercepted"])
+        self.they_outlive_the_supervisor(service)
+        load = Oracle(self, "--new", "4", "--kept", "4")
+        for _ in range(3):
+            service.reload_well()
+        report = load.stop()
+        self.assertEqual(report["failed"], 0, report)
+
+    def they_outlive_the_supervisor(self, service: Service) -> None:
         cookies, main = service.cookies(), service.main_pid()
         old = self.workers(service)
         for pid in (main, *old):

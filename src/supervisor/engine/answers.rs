@@ -12,6 +12,7 @@ use crate::control::messages::{
 };
 use crate::control::server::{Asked, ClientId};
 use crate::engine::milliseconds_since;
+use crate::fault;
 use crate::protocol::Claims;
 use crate::shared::unix_ms;
 use crate::supervisor::conversation::Terms;
@@ -133,6 +134,7 @@ impl Supervisor {
         let terms = self.terms_of(&order, generation);
         let ready_delay = request.ready_delay();
         self.attempt = Some(Attempt { requester, begun, verb, generation, ready_delay, terms, cut: 0, cause: None });
+        self.comes_to("exec: asked");
         self.tell_manager_of_upgrade();
         match self.recipe.build(request, self.previous.as_ref()) {
             Ok(build) => {
@@ -141,6 +143,13 @@ impl Supervisor {
                 self.tell(Event::Upgrade(order));
             }
             Err(error) => self.report(Outcome::Failed, error.to_string(), None),
+        }
+    }
+
+    /// Of an upgrade, and not of the first start.
+    pub(super) fn comes_to(&self, step: &str) {
+        if self.attempt.is_some() {
+            fault::reached(step, None);
         }
     }
 

@@ -32,6 +32,18 @@ impl Supervisor {
         }
     }
 
+    /// All that they have said, by whatever way.
+    pub(super) fn hear_workers(&mut self) {
+        let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
+        for id in ids {
+            if let Some(worker) = self.workers.get_mut(&id) {
+                worker.read_notify();
+                worker.read_channel();
+            }
+            self.read_conversation(id);
+        }
+    }
+
     fn on_heard(&mut self, id: WorkerId, heard: Heard) {
         let said = |name: StageName, reason: Option<String>| {
             move |begun, pid| StageEvent { pid: Some(pid), reason, ..stage(name, begun) }

@@ -97,8 +97,13 @@ impl Supervisor {
         };
         let [first, second, third, ..] = call.arguments;
         let fd = |argument: u64| argument as u32 as RawFd;
-        // Some programs end every connection with it, so this is to be short.
-        if number == libc::SYS_shutdown && !self.is_listener_of(call.thread, fd(first)) {
+        // Some programs end every connection with one of these, or remove a great many files, so this is to be short.
+        let concerns_nobody = match number {
+            libc::SYS_bind | libc::SYS_listen => false,
+            libc::SYS_shutdown => !self.is_listener_of(call.thread, fd(first)),
+            _ => !self.sockets.has_path(),
+        };
+        if concerns_nobody {
             return Ok(Answer::Pass);
         }
         // From then on they are the program's own affair.
@@ -322,18 +327,6 @@ impl Supervisor {
     }
 }
 
-/// Wherever the caller has its own socket.
-fn replace(
-    call: &Notification,
-    filter: BorrowedFd<'_>,
-    caller: &Caller,
-    own: BorrowedFd<'_>,
-    by: BorrowedFd<'_>,
-) -> io::Result<()> {
-    let mut numbers = caller.numbers_of(nix::sys::stat::fstat(own)?.st_ino).into_iter();
-    numbers.try_for_each(|(number, cloexec)| call.replace_fd(filter, by, number, cloexec))
-}
-
 /// Whether a process has put its own pid into the name: no other will ever listen there.
 fn is_of_one_process(address: &Address, pid: Pid) -> bool {
     let name = match address {
@@ -349,6 +342,18 @@ fn is_of_one_process(address: &Address, pid: Pid) -> bool {
 fn is_held_by(worker: Option<Pid>) -> impl Fn(u64) -> bool {
     let held = LazyCell::new(move || worker.map(family::sockets).unwrap_or_default());
     move |inode| held.contains(&inode)
+}
+
+/// Wherever the caller has its own socket.
+fn replace(
+    call: &Notification,
+    filter: BorrowedFd<'_>,
+    caller: &Caller,
+    own: BorrowedFd<'_>,
+    by: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let mut numbers = caller.numbers_of(nix::sys::stat::fstat(own)?.st_ino).into_iter();
+    numbers.try_for_each(|(number, cloexec)| call.replace_fd(filter, by, number, cloexec))
 }
 
 fn is_any_port(address: &Address) -> bool {

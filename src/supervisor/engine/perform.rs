@@ -3,9 +3,11 @@
 use std::time::{Duration, Instant};
 
 use super::Supervisor;
+use crate::engine::stands_still;
 use crate::error::Error;
+use crate::fault;
 use crate::supervisor::connections;
-use crate::supervisor::machine::{Action, Build as Which, Event, Refusal, WorkerId};
+use crate::supervisor::machine::{Action, Build as Which, Event, Phase, Refusal, WorkerId};
 use crate::supervisor::worker::{Place, Worker};
 
 /// From then on the crashes of a worker are called a loop.
@@ -25,6 +27,7 @@ impl Supervisor {
                     worker.next_look = None;
                     worker.tell_to_stop(&self.options);
                 }
+                fault::reached("exec: told to stop", None);
             }
             Action::Kill(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::kill),
             Action::Dismiss(id) => self.dismiss(id),
@@ -34,7 +37,11 @@ impl Supervisor {
                     log::error!("process {} was killed and does not end: it is waited for no longer", worker.pid);
                 }
             }
-            Action::LetAccept => self.let_accept(),
+            Action::LetAccept => {
+                self.comes_to("exec: ready");
+                self.let_accept();
+                self.comes_to("exec: accepting");
+            }
             Action::Cleared => self.announce_cleared(),
             Action::AllReady => self.all_are_ready(),
             Action::Commit => self.commit(),
@@ -72,6 +79,7 @@ impl Supervisor {
                 log::info!("generation {generation}: process {} is started", worker.pid);
                 self.workers.insert(id, worker);
                 self.announce_spawned(id);
+                self.comes_to("exec: spawned");
                 None
             }
             Err(error) => {
@@ -115,6 +123,22 @@ impl Supervisor {
         }
     }
 
+    /// A new worker that was stopped serves nobody, and in a moment there is no way back.
+    pub(super) fn look_at_those_that_stand_still(&mut self) {
+        let (phase, committed) = (self.machine.phase(), self.machine.generation());
+        let new = self.machine.workers().filter(|(_, worker)| phase == Phase::Trial && worker.generation > committed);
+        let ids: Vec<WorkerId> = new.map(|(id, _)| id).collect();
+        for id in ids {
+            let Some(worker) = self.workers.get_mut(&id).filter(|worker| stands_still(worker.pid)) else { continue };
+            // It would not hear a stop signal.
+            worker.kill();
+            if let Some(attempt) = &mut self.attempt {
+                attempt.cause = Some("became ready and stands still (SIGSTOP, or a terminal)".to_owned());
+            }
+            self.tell(Event::Refused(id));
+        }
+    }
+
     fn cut(&mut self, id: WorkerId) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let open = connections::open(&[worker.pid], &self.sockets.addresses()).first().copied().unwrap_or(0);
@@ -127,6 +151,7 @@ impl Supervisor {
     fn commit(&mut self) {
         let first = self.committed.is_none();
         self.settle();
+        self.comes_to("exec: settled");
         if let Some(mut build) = self.new.take() {
             build.pin();
             self.recipe = build.recipe.clone();

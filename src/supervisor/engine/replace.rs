@@ -28,6 +28,7 @@ use crate::control::messages::{Event as Said, Outcome, ResultEvent, StageEvent, 
 use crate::control::server::ClientId;
 use crate::engine::{exit_words, milliseconds_since};
 use crate::error::Error;
+use crate::fault;
 use crate::saved::moment;
 use crate::supervisor::machine::Phase;
 use crate::supervisor::output::{Output, Stream};
@@ -232,6 +233,7 @@ impl Supervisor {
         let (program, arguments) = (program.map_err(failed)?, arguments.map_err(failed)?);
         log::info!("process {} goes on as {}", std::process::id(), plan.program.display());
         std::mem::swap(&mut self.own, &mut replacement.own);
+        fault::reached("exec: rehearsed", None);
         let saved = self.save(replaced);
         let error = saved.and_then(|memfd| {
             let environment = environment(&memfd)?;

@@ -25,6 +25,7 @@ use crate::control::messages::LastUpgrade;
 use crate::control::server::Server;
 use crate::engine::SignalPipe;
 use crate::error::{Error, ErrorKind};
+use crate::fault;
 use crate::pid_file::PidFile;
 use crate::state::HandedState;
 use crate::supervisor::build::{Build, Recipe};
@@ -213,6 +214,7 @@ pub(in crate::supervisor) fn resumed() -> Option<Result<Supervisor, Error>> {
     // What a program has from its supervisor's environment says nothing to it.
     let is_ours = pid.parse() == Ok(std::process::id());
     let state = number.parse::<RawFd>().ok().filter(|_| is_ours).and_then(sys::fd_from_environment)?;
+    fault::reached("exec: replaced", None);
     Some(Supervisor::resume(state))
 }
 
@@ -243,6 +245,7 @@ pub fn rehearse(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCod
     let number = arguments.next()?.to_str()?.parse::<RawFd>().ok()?;
     let state = sys::fd_from_environment(number)?;
     let begun = Instant::now();
+    fault::reached("rehearsal", None);
     let reason = read(state).and_then(|resumed| {
         Sockets::resume(resumed.sockets, resumed.kept)
             .map(drop)

@@ -544,6 +544,47 @@ fn calls_that_signals_interrupt_come_to_the_same() {
     }
 }
 
+/// A child of a shell, with a filter of its own, that binds a privileged port in a thread and then gives its rights up.
+const GUARDED: &str = r#"
+import ctypes, os, signal, socket, struct, sys, threading
+program = b"".join(struct.pack("HBBI", *one) for one in [
+    (0x20, 0, 0, 0), (0x15, 0, 1, 101), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7fff0000)])
+buffer = ctypes.create_string_buffer(program)
+prog = struct.pack("HxxxxxxP", 4, ctypes.addressof(buffer))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, prog, 0, 0) == 0
+listeners = []
+thread = threading.Thread(target=lambda: listeners.append(socket.create_server((sys.argv[1], 80))))
+thread.start()
+thread.join()
+os.setgid(65534)
+os.setuid(65534)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+while True:
+    connection, _ = listeners[0].accept()
+    connection.recv(65536)
+    body = f"gen={os.environ['HANDOVER_GENERATION']} pid={os.getpid()}".encode()
+    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    connection.close()
+"#;
+
+#[test]
+fn a_program_that_guards_itself_is_given_its_socket_too() {
+    if !is_root_or_skip("a privileged port") {
+        return;
+    }
+    let ip = own_address().ip();
+    let shell = "trap 'kill $!; wait $!; exit 0' TERM; python3 -c \"$0\" \"$1\" & wait $!";
+    let server = exec_in(Home::new(), &[], &["sh", "-c", shell, GUARDED, &ip.to_string()]);
+    let sockets = server.sockets();
+    for generation in 2..=3 {
+        server.upgrade(&["--wait", "drained"]).exits_with(0);
+        assert_eq!(ask(SocketAddr::new(ip, 80), "/").answerer().generation, generation);
+    }
+    assert_eq!(server.sockets(), sockets);
+}
+
 const IN_CHROOT: &str = r#"
 import os, socket, sys
 os.chroot(sys.argv[1])

@@ -1,0 +1,223 @@
+//! `handover exec`: the supervisor, and a new worker whose program uses the library.
+
+use std::net::SocketAddr;
+
+use handover::control::State;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::library::{FDS_MAX, NO_CHANNEL, NO_FRAME, step};
+use super::{CLIENTS, Fault, Fired, Matrix, Step, TIMES, address, assert_lost_at_most, load};
+use crate::client::ask;
+use crate::command::Running;
+use crate::home::{HANDOVER, Home, fixture};
+use crate::server::{Server, fds_of, has_ended};
+use crate::wait::{LONG, eventually, eventually_equal};
+
+use Fault as F;
+
+const BEFORE_THE_PROGRAM: (&[Fault], &str) =
+    (&[F::Short, F::Count, F::Ended], "the program does not run yet, and what runs says nothing");
+
+const SUPERVISOR: Matrix = Matrix {
+    heading: "`handover exec`: the fault comes when …",
+    faults: &Fault::ALL,
+    steps: &[
+        step("exec: asked", "the supervisor is asked", &[NO_FRAME, NO_CHANNEL]),
+        step("offer", "… says `offer` to a worker that is not started yet", &[]),
+        step("exec: spawned", "… has started it", &[NO_FRAME, NO_CHANNEL]),
+        step("exec: ready", "… has heard that it is ready", &[NO_FRAME, NO_CHANNEL]),
+        step("commit", "… says `commit`", &[]),
+        step("exec: accepting", "… has said it: the trial begins", &[NO_FRAME, NO_CHANNEL]),
+        step("settled", "… says `settled`: the trial is over", &[]),
+        step("exec: settled", "… has said it", &[NO_FRAME, NO_CHANNEL]),
+        step("exec: told to stop", "… has told the old worker to stop", &[NO_FRAME, NO_CHANNEL]),
+    ],
+};
+
+const WORKER: Matrix = Matrix {
+    heading: "`handover exec`: the fault comes when …, in the new worker",
+    faults: &Fault::ALL,
+    steps: &[
+        step("worker: started", "the new worker is about to execute the program", &[BEFORE_THE_PROGRAM]),
+        step("new: started", "… looks for the offer", &[NO_FRAME]),
+        step("adopted", "… says `adopted`", &[]),
+        step("ready", "… says `ready`", &[]),
+        step("new: ready", "… has said it", &[NO_FRAME]),
+        step("new: commit", "… has read `commit`", &[NO_FRAME]),
+        step("accepting", "… has opened its gate, says `accepting`", &[]),
+        step("new: accepting", "… has said it", &[NO_FRAME]),
+        step("new: settled", "… has read `settled`", &[NO_FRAME, NO_CHANNEL]),
+    ],
+};
+
+const ITSELF: Matrix = Matrix {
+    heading: "`handover upgrade --self`: the fault comes when …",
+    faults: &[F::Killed, F::Continued, F::StoppedAndKilled, F::NoFds, F::Delayed],
+    steps: &[
+        step("rehearsal", "the new build, in a child, is asked whether it could go on", &[]),
+        step("exec: rehearsed", "the supervisor is about to execute it", &[]),
+        step("exec: replaced", "… has executed it, and has read nothing yet", &[]),
+    ],
+};
+
+#[test]
+fn in_a_supervisor_that_replaces_itself() {
+    ITSELF.holds(|step, fault| Cell::start(step, fault, true).run_itself());
+}
+
+#[test]
+fn in_the_supervisor() {
+    SUPERVISOR.holds(|step, fault| Cell::start(step, fault, true).run());
+}
+
+#[test]
+fn in_a_worker() {
+    WORKER.holds(|step, fault| Cell::start(step, fault, false).run());
+}
+
+struct Cell {
+    server: Server,
+    fault: Fault,
+    fired: Fired,
+    /// For the upgrade in which it happens.
+    arguments: Vec<String>,
+    address: String,
+    supervisor: i32,
+}
+
+impl Cell {
+    fn start(step: Step, fault: Fault, in_supervisor: bool) -> Self {
+        let (home, address) = (Home::new(), address());
+        let fired = Fired::new(&home);
+        let variable = fired.variable(&step, fault);
+        let mut command = command(&home, &address);
+        let mut arguments = TIMES.map(str::to_owned).to_vec();
+        match in_supervisor {
+            true => drop(command.env("HANDOVER_FAULT", variable)),
+            false => arguments.extend(["--env".to_owned(), format!("HANDOVER_FAULT={variable}")]),
+        }
+        let server = Server::run(home, command);
+        let supervisor = server.first_pid();
+        Self { server, fault, fired, arguments, address, supervisor }
+    }
+
+    fn upgrade(&self, supervisor: i32, arguments: &[String]) -> Running {
+        let pid = supervisor.to_string();
+        let mut command = self.server.handover_command(&["upgrade", "--json", "--pid", &pid]);
+        command.args(arguments);
+        Running::start(command)
+    }
+
+    /// Generations of the workers that serve, once no other is left.
+    #[track_caller]
+    fn generations(&self) -> Vec<u64> {
+        eventually("every worker to serve", || {
+            let pids = self.server.home.processes().into_iter().filter(|pid| *pid != self.supervisor);
+            let statuses: Option<Vec<_>> = pids.map(|pid| self.server.try_status(pid).ok()).collect();
+            let mut serving = statuses?;
+            let all_serve = !serving.is_empty() && serving.iter().all(|one| one.state == State::Serving);
+            serving.sort_by_key(|one| one.generation);
+            all_serve.then(|| serving.iter().map(|one| one.generation).collect())
+        })
+    }
+
+    fn run(self) -> &'static str {
+        let server = &self.server;
+        let cookie = server.status(self.supervisor).listeners[0].cookie;
+        let load = load(&self.address).start();
+        load.wait_for_more(5, LONG).unwrap();
+        let upgrade = self.upgrade(self.supervisor, &self.arguments);
+        let failed = self.fired.take_its_course(self.fault);
+        let run = upgrade.finish();
+        let is_alone = has_ended(self.supervisor);
+        if !is_alone {
+            server.wait_until(self.supervisor, State::Serving);
+            eventually_equal("its workers", &1, || server.status(self.supervisor).workers.len());
+        }
+        let generations = self.generations();
+        load.wait_for_more(20, LONG).unwrap();
+        // Nobody is killed who has accepted anything but a new worker.
+        let worker_was_killed = failed != self.supervisor && has_ended(failed);
+        assert_lost_at_most(if worker_was_killed { CLIENTS } else { 0 }, &load.stop());
+        if is_alone {
+            self.is_started_again();
+        } else {
+            assert_eq!(server.status(self.supervisor).listeners[0].cookie, cookie);
+            let exit = if generations == [1] { 1 } else { 0 };
+            run.exits_with(exit);
+            eventually("fds again", || (fds_of(self.supervisor).len() < FDS_MAX / 2).then_some(()));
+            self.upgrade(self.supervisor, &[]).finish().exits_with(0);
+            assert_eq!(server.status(self.supervisor).generation, generations[0] + 1);
+            server.assert_supervises(1);
+        }
+        match (generations.as_slice(), is_alone) {
+            ([1], false) => "old",
+            ([2], false) => "new",
+            ([1], true) => "old, alone",
+            ([2], true) => "new, alone",
+            ([1, 2], true) => "both, alone",
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Which build the supervisor is in the end. The worker serves all the time.
+    fn run_itself(self) -> &'static str {
+        let (server, pid) = (&self.server, self.supervisor.to_string());
+        let (workers, listeners) = (server.worker_pids(), server.status(self.supervisor).listeners);
+        let load = load(&self.address).start();
+        load.wait_for_more(5, LONG).unwrap();
+        let itself = ["upgrade", "--self", "--json", "--ready-timeout", "4s", "--pid", &pid];
+        let upgrade = Running::start(server.handover_command(&itself));
+        self.fired.take_its_course(self.fault);
+        let run = upgrade.finish();
+        load.wait_for_more(20, LONG).unwrap();
+        assert_lost_at_most(0, &load.stop());
+        if has_ended(self.supervisor) {
+            assert_eq!(self.generations(), [1]);
+            self.is_started_again();
+            return "old worker, alone";
+        }
+        server.wait_until(self.supervisor, State::Serving);
+        assert_eq!(server.worker_pids(), workers);
+        assert_eq!(server.status(self.supervisor).listeners[0].cookie, listeners[0].cookie);
+        eventually("fds again", || (fds_of(self.supervisor).len() < FDS_MAX / 2).then_some(()));
+        Running::start(server.handover_command(&itself)).finish().exits_with(0);
+        self.upgrade(self.supervisor, &[]).finish().exits_with(0);
+        server.assert_supervises(1);
+        match run.code {
+            Some(0) => "new build",
+            Some(1) => "old build",
+            code => panic!("{code:?}: {run:?}"),
+        }
+    }
+
+    /// What a service manager does, or somebody at night: end what is left, and start the service.
+    fn is_started_again(&self) {
+        let home = &self.server.home;
+        eventually("nobody", || {
+            let left = home.processes();
+            for pid in &left {
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            }
+            left.is_empty().then_some(())
+        });
+        let mut again = command(home, &self.address).spawn().unwrap();
+        let pid = again.id().cast_signed();
+        self.server.wait_until(pid, State::Serving);
+        self.upgrade(pid, &[]).finish().exits_with(0);
+        let address: SocketAddr = self.address.parse().unwrap();
+        eventually("generation 2 alone", || (ask(address, "/").answerer().generation == 2).then_some(()));
+        again.kill().unwrap();
+        again.wait().unwrap();
+    }
+}
+
+fn command(home: &Home, address: &str) -> std::process::Command {
+    let program = fixture();
+    let http = format!("http={address}");
+    let script = format!("ulimit -n {FDS_MAX}; exec {HANDOVER} exec \"$@\"");
+    let trial = ["--trial", "100ms"];
+    let worker = ["--", program.to_str().unwrap(), "--tcp", &http, "--linger", "100ms"];
+    home.logged("/bin/sh", &[&["-c", &script, "sh", "--listen", &http], &trial[..], &worker].concat())
+}
