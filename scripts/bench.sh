@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures, and prints what docs/benchmarks.md shows. Nothing passes or fails on time.
 #
-# Usage: scripts/bench.sh [upgrade] [accept] [http] [peers] [exec]
+# Usage: scripts/bench.sh [upgrade] [accept] [http] [peers] [exec] [intercept]
 #
 #   upgrade   from the trigger until the new build accepts, with 1 to 10,000 listeners and up to 8 GiB of memory
 #   accept    what the gate and the counting of connections cost
@@ -9,6 +9,7 @@
 #   peers     the same load on nginx and HAProxy, where they are installed
 #   exec      `handover exec` beside pm2, which npm gets, and start_server, where it is installed (apt install
 #             libserver-starter-perl); the memory of the supervisor
+#   intercept what it costs a program that its calls are decided on
 #
 # All of them unless some are named: some ten minutes, on a machine that has nothing else to do. In a network namespace
 # of its own where one can be made: among the ports of other programs the kernel searches long for a free one.
@@ -18,13 +19,13 @@ source "$(dirname "$0")/lib.sh"
 benches=() inside=no
 for argument in "$@"; do
     case $argument in
-        upgrade | accept | http | peers | exec) benches+=("$argument") ;;
+        upgrade | accept | http | peers | exec | intercept) benches+=("$argument") ;;
         --inside) inside=yes ;;
         -h | --help) help ;;
         *) misused "unknown argument \`$argument\`" ;;
     esac
 done
-((${#benches[@]})) || benches=(upgrade accept http peers exec)
+((${#benches[@]})) || benches=(upgrade accept http peers exec intercept)
 
 if [[ $inside == no ]]; then
     build --quiet

@@ -57,7 +57,7 @@ pub(crate) struct Arguments {
     ///
     /// The program is given the listening sockets of that process. When it is ready, the process gets the stop signal, and
     /// has the drain timeout to finish. If the program does not become ready, the process serves on as if nothing had
-    /// happened.
+    /// happened. With --no-overlap it ends before the program is started.
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     take_over: Option<i32>,
     /// Pass the sockets in non-blocking mode

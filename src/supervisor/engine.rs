@@ -252,7 +252,10 @@ impl Supervisor {
             self.server.unlink();
             return Err(error);
         }
-        self.start();
+        match &self.taken_over {
+            Some(_) if !self.options.overlap => self.tell_server_to_stop(),
+            _ => self.start(),
+        }
         self.run_on()
     }
 
@@ -283,7 +286,11 @@ impl Supervisor {
                 return self.tell(Event::StopNow);
             }
         }
-        let order = Order { trial: Duration::ZERO, ..self.order(Verb::Upgrade, &UpgradeRequest::default()) };
+        let mut order = self.order(Verb::Upgrade, &UpgradeRequest::default());
+        // There is nothing to go back to, unless another server runs until then.
+        if self.taken_over.is_none() {
+            order.trial = Duration::ZERO;
+        }
         self.tell(Event::Start(order));
     }
 

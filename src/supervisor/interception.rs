@@ -81,9 +81,9 @@ impl Interception {
 }
 
 /// In the trampoline: from now on its calls, and those of the program that it becomes, are answered by the supervisor.
-pub(super) fn install(supervisor: &UnixStream, with_removals: bool) -> Result<(), Error> {
+pub(super) fn install(supervisor: &UnixStream) -> Result<(), Error> {
     let tried = "intercept the sockets of the program";
-    let filter = sys::install_filter(with_removals).map_err(|error| {
+    let filter = sys::install_filter().map_err(|error| {
         let cause = match error.raw_os_error() {
             Some(libc::EBUSY) => "another supervisor or sandbox decides on its system calls already".to_owned(),
             _ => error.to_string(),

@@ -4,6 +4,7 @@
 //! address is given it in place of its own.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -127,7 +128,7 @@ impl KeptSocket {
                 self.stage = Stage::Serving;
             }
         }
-        if let (Address::Path(path), None, Stage::Serving) = (&self.address, self.identity, self.stage) {
+        if let (Address::Path(path), None, Stage::Bound | Stage::Serving) = (&self.address, self.identity, self.stage) {
             self.identity = identity_of(path).ok();
         }
         !self.is_of_client()
@@ -225,17 +226,24 @@ impl Kept {
         }
     }
 
-    /// Another address that the kernel will not let anybody bind beside this one.
-    pub(super) fn overlap(&self, kind: Kind, address: &Address) -> Option<&Address> {
+    /// Another address that the kernel will not let anybody bind beside this one, which that socket is to have.
+    pub(super) fn overlap(&self, kind: Kind, address: &Address, own: BorrowedFd<'_>) -> Option<&Address> {
         let Address::Ip(wanted) = address else { return None };
-        self.sockets.iter().filter(|socket| socket.kind == kind).map(|socket| &socket.address).find(|kept| match kept {
+        let takes_other = |ip: IpAddr, fd: BorrowedFd<'_>, other: IpAddr| match (ip, other) {
+            (IpAddr::V6(ip), IpAddr::V4(_)) => ip.is_unspecified() && !SockRef::from(&fd).only_v6().unwrap_or(false),
+            (IpAddr::V4(_), IpAddr::V6(_)) => false,
+            _ => ip.is_unspecified(),
+        };
+        let overlapping = |socket: &&KeptSocket| match &socket.address {
             Address::Ip(kept) => {
-                kept.port() == wanted.port()
-                    && kept.ip() != wanted.ip()
-                    && (kept.ip().is_unspecified() || wanted.ip().is_unspecified())
+                let is_other = kept.port() == wanted.port() && kept.ip() != wanted.ip();
+                is_other
+                    && (takes_other(wanted.ip(), own, kept.ip()) || takes_other(kept.ip(), socket.fd(), wanted.ip()))
             }
             _ => false,
-        })
+        };
+        let mut of_kind = self.sockets.iter().filter(|socket| socket.kind == kind);
+        of_kind.find(overlapping).map(|socket| &socket.address)
     }
 
     /// Looks at what has become of those that were to be bound.
@@ -248,9 +256,8 @@ impl Kept {
         self.sockets.iter().filter(|socket| socket.serves())
     }
 
-    /// Whether a path would have to be guarded, as far as it is known.
-    pub(super) fn may_have_path(&self) -> bool {
-        self.sockets.is_empty() || self.sockets.iter().any(|socket| matches!(socket.address, Address::Path(_)))
+    pub(super) fn has_path(&self) -> bool {
+        self.sockets.iter().any(|socket| matches!(socket.address, Address::Path(_)))
     }
 
     /// Whether clients find one of them by that path.

@@ -138,6 +138,10 @@ impl Sockets {
         self.entries().find(|entry| entry.kind == kind && entry.address == *address)?.socket.fd()
     }
 
+    pub(super) fn has_path(&self) -> bool {
+        self.kept.has_path() || self.entries().any(|entry| entry.path.is_some())
+    }
+
     /// Whether clients find one of them by that path.
     pub(super) fn is_at(&self, path: &Path) -> bool {
         let here = identity_of(path).ok();

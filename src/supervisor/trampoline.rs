@@ -4,13 +4,11 @@
 //! It is this same binary by a hidden verb, so that no code of ours ever runs in a fork.
 
 use std::ffi::OsString;
-use std::fmt;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::str::FromStr;
 
 use nix::unistd::{Pid, User, initgroups, setgid, setpgid, setuid};
 
@@ -25,40 +23,13 @@ const VERB: &str = "run-worker";
 /// The file that runs, also when another was put in its place.
 pub(super) const PROGRAM: &str = "/proc/self/exe";
 
-/// The command line of the trampoline to `program`.
-pub(super) fn arguments(
-    user: Option<&str>,
-    filter: Option<&Filter>,
-    program: &Path,
-    argv: &[OsString],
-) -> Vec<OsString> {
-    let filter = filter.map(Filter::to_string).unwrap_or_default();
+/// The command line of the trampoline to `program`; `filter` is the number of the socket by which the supervisor gets hold of
+/// the filter, if the program is to run under one.
+pub(super) fn arguments(user: Option<&str>, filter: Option<RawFd>, program: &Path, argv: &[OsString]) -> Vec<OsString> {
+    let filter = filter.map(|socket| socket.to_string()).unwrap_or_default();
     let user = user.unwrap_or_default();
     let own = ["handover".into(), VERB.into(), user.into(), filter.into(), program.as_os_str().to_owned()];
     own.into_iter().chain(argv.iter().cloned()).collect()
-}
-
-/// The filter that the program is to run under, if it is to run under one.
-pub(super) struct Filter {
-    /// The number of the socket by which the supervisor gets hold of it.
-    pub(super) socket: RawFd,
-    /// Whether the removal of files waits for the supervisor as well.
-    pub(super) removals: bool,
-}
-
-impl fmt::Display for Filter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", self.socket, if self.removals { "+removals" } else { "" })
-    }
-}
-
-impl FromStr for Filter {
-    type Err = std::num::ParseIntError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (number, more) = text.split_once('+').unwrap_or((text, ""));
-        Ok(Self { socket: number.parse()?, removals: more == "removals" })
-    }
 }
 
 /// Becomes the program, if that is what this process was started for. Returns why it cannot, or `None` if it was started
@@ -76,7 +47,7 @@ pub fn run_worker(arguments: impl IntoIterator<Item = OsString>) -> Option<Error
     Some(become_program(&program, &user.to_string_lossy(), filter, command))
 }
 
-fn become_program(program: &Path, user: &str, filter: Option<Filter>, mut command: Command) -> Error {
+fn become_program(program: &Path, user: &str, filter: Option<RawFd>, mut command: Command) -> Error {
     // A terminal's ^C is for the supervisor, which tells the workers; and what a worker has started is killed with it.
     if let Err(error) = setpgid(Pid::from_raw(0), Pid::from_raw(0)) {
         log::debug!("no process group of its own: {error}");
@@ -85,9 +56,9 @@ fn become_program(program: &Path, user: &str, filter: Option<Filter>, mut comman
         command.env("LISTEN_PID", std::process::id().to_string());
     }
     // While it still may without giving up setuid programs.
-    if let Some(Filter { socket, removals }) = filter {
+    if let Some(socket) = filter {
         let socket = sys::fd_from_environment(socket).map(UnixStream::from);
-        if let Some(Err(error)) = socket.map(|socket| interception::install(&socket, removals)) {
+        if let Some(Err(error)) = socket.map(|socket| interception::install(&socket)) {
             return error;
         }
     }

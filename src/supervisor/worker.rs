@@ -119,15 +119,12 @@ impl Worker {
             let inode = nix::sys::stat::fstat(its_end).map_err(|error| failed(error.into()))?.st_ino;
             set(CHANNEL_VARIABLE, format!("{}:{inode}", fds.add(its_end.as_fd())));
         }
-        let filter = of_trampoline.as_ref().map(|socket| trampoline::Filter {
-            socket: fds.add(socket.as_fd()),
-            removals: sockets.kept.may_have_path(),
-        });
+        let filter = of_trampoline.as_ref().map(|socket| fds.add(socket.as_fd()));
         fds.fds.push((stderr_of_worker.as_fd(), Stream::Stderr.number()));
         fds.fds.extend(stdout_of_worker.as_ref().map(|pipe| (pipe.as_fd(), Stream::Stdout.number())));
         let environment: Vec<(OsString, OsString)> =
             environment.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
-        let arguments = trampoline::arguments(options.user.as_deref(), filter.as_ref(), &plan.program, &plan.argv);
+        let arguments = trampoline::arguments(options.user.as_deref(), filter, &plan.program, &plan.argv);
         let copies = fds.copies().map_err(failed)?;
         let places = fds.fds.iter().zip(&copies);
         let fds = places.map(|((fd, number), copy)| (copy.as_ref().map_or(*fd, AsFd::as_fd), *number)).collect();

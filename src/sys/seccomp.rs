@@ -75,14 +75,13 @@ fn argument(index: usize) -> usize {
     std::mem::offset_of!(libc::seccomp_data, args) + index * 8 + half
 }
 
-fn program(with_removals: bool) -> Vec<libc::sock_filter> {
+fn program() -> Vec<libc::sock_filter> {
     let notify = answer(libc::SECCOMP_RET_USER_NOTIF);
     let allow = answer(libc::SECCOMP_RET_ALLOW);
     let number = load(std::mem::offset_of!(libc::seccomp_data, nr));
-    let removals = arch::REMOVALS.iter().filter(|_| with_removals);
     let mut native = vec![number];
     native.push(instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, !arch::OTHER_ABI));
-    for call in [libc::SYS_bind, libc::SYS_listen].iter().chain(removals) {
+    for call in [libc::SYS_bind, libc::SYS_listen].iter().chain(&arch::REMOVALS) {
         native.extend(when(*call as u32, &[notify]));
     }
     let mut of_shutdown = vec![load(argument(1))];
@@ -108,15 +107,15 @@ fn program(with_removals: bool) -> Vec<libc::sock_filter> {
     program
 }
 
-/// From now on `bind`, `listen` and `shutdown` (but of the sending side) of this thread, and of all that it starts, wait for
-/// whoever has the fd that is returned; with `with_removals` also `unlink` and `unlinkat`.
+/// From now on `bind`, `listen`, `shutdown` (but of the sending side), `unlink` and `unlinkat` of this thread, and of all that
+/// it starts, wait for whoever has the fd that is returned.
 ///
 /// Without CAP_SYS_ADMIN this sets no_new_privs, as the kernel demands (seccomp(2), EACCES).
-pub(crate) fn install_filter(with_removals: bool) -> io::Result<OwnedFd> {
+pub(crate) fn install_filter() -> io::Result<OwnedFd> {
     if arch::NATIVE == 0 {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "not on this processor"));
     }
-    let mut instructions = program(with_removals);
+    let mut instructions = program();
     let program = libc::sock_fprog {
         len: u16::try_from(instructions.len()).map_err(io::Error::other)?,
         filter: instructions.as_mut_ptr(),
@@ -256,8 +255,8 @@ mod tests {
     const ASKED: u32 = libc::SECCOMP_RET_USER_NOTIF;
 
     /// What the kernel makes of a call.
-    fn verdict(with_removals: bool, arch: u32, number: u32, argument: u32) -> u32 {
-        let program = program(with_removals);
+    fn verdict(arch: u32, number: u32, argument: u32) -> u32 {
+        let program = program();
         let offsets = [std::mem::offset_of!(libc::seccomp_data, nr), std::mem::offset_of!(libc::seccomp_data, arch)];
         let (mut next, mut loaded) = (0, 0);
         loop {
@@ -278,22 +277,19 @@ mod tests {
 
     #[test]
     fn only_what_concerns_listeners_is_asked_about() {
-        let native = |with_removals, number: libc::c_long| verdict(with_removals, arch::NATIVE, number as u32, 0);
-        for call in [libc::SYS_bind, libc::SYS_listen] {
-            assert_eq!((native(false, call), native(true, call)), (ASKED, ASKED));
-            assert_eq!(verdict(false, arch::NATIVE, call as u32 | arch::OTHER_ABI, 0), ASKED);
-            assert_eq!(verdict(false, 0x1234, call as u32, 0), ALLOWED);
-        }
-        for call in arch::REMOVALS {
-            assert_eq!((native(false, call), native(true, call)), (ALLOWED, ASKED));
+        let native = |number: libc::c_long| verdict(arch::NATIVE, number as u32, 0);
+        for call in [libc::SYS_bind, libc::SYS_listen].iter().chain(&arch::REMOVALS).copied() {
+            assert_eq!(native(call), ASKED);
+            assert_eq!(verdict(arch::NATIVE, call as u32 | arch::OTHER_ABI, 0), ASKED);
+            assert_eq!(verdict(0x1234, call as u32, 0), ALLOWED);
         }
         for call in [libc::SYS_accept4, libc::SYS_connect, libc::SYS_getppid, -1] {
-            assert_eq!(native(true, call), ALLOWED);
+            assert_eq!(native(call), ALLOWED);
         }
         for (side, wanted) in [(libc::SHUT_RD, ASKED), (libc::SHUT_WR, ALLOWED), (libc::SHUT_RDWR, ASKED)] {
-            assert_eq!(verdict(false, arch::NATIVE, libc::SYS_shutdown as u32, side as u32), wanted);
+            assert_eq!(verdict(arch::NATIVE, libc::SYS_shutdown as u32, side as u32), wanted);
         }
-        let foreign = |number, argument| verdict(true, arch::FOREIGN, number, argument);
+        let foreign = |number, argument| verdict(arch::FOREIGN, number, argument);
         for call in arch::FOREIGN_CALLS.into_iter().filter(|call| *call != arch::SOCKETCALL) {
             assert_eq!(foreign(call, 0), ASKED);
         }
@@ -309,7 +305,7 @@ mod tests {
         let (sender, receiver) = mpsc::channel();
         // The filter is that thread's alone.
         let thread = thread::spawn(move || {
-            sender.send(install_filter(false).unwrap()).unwrap();
+            sender.send(install_filter().unwrap()).unwrap();
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
             socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
             socket.listen(1).unwrap();

@@ -89,7 +89,7 @@ class Restarted:
         case.addCleanup(self._log.close)
         self._stop_signal = stop_signal
         self.address = address.replace("@DIR@", self.directory)
-        self._program = [part.replace("@DIR@", self.directory) for part in program]
+        self.program = [part.replace("@DIR@", self.directory) for part in program]
         self._generation = 0
         self._start()
         case.addCleanup(self._stop)
@@ -97,13 +97,13 @@ class Restarted:
     def _start(self) -> None:
         self._generation += 1
         env = {**os.environ, "HANDOVER_GENERATION": str(self._generation), "HANDOVER_WORKER": "0"}
-        self.process = subprocess.Popen(self._program, env=env, stdout=self._log, stderr=self._log)
-        wait_for(f"{self._program} answers", self._answers)
+        self.process = subprocess.Popen(self.program, env=env, stdout=self._log, stderr=self._log)
+        wait_for(f"{self.program} answers", self._answers)
 
     def _answers(self) -> bool:
         if self.process.poll() is not None:
             with open(self._log.name, encoding="utf-8", errors="replace") as log:
-                raise AssertionError(f"{self._program} has ended: {log.read()}")
+                raise AssertionError(f"{self.program} has ended: {log.read()}")
         try:
             connect(self.address).close()
         except OSError:

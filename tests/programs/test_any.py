@@ -12,7 +12,7 @@ import unittest
 from typing import Any, Dict, List, Union
 
 from alone import Restarted
-from lab import HERE, Intercepted, built, free_port, needs, program, wait_for
+from lab import HERE, Intercepted, Oracle, built, connect, free_port, needs, program, wait_for
 
 UPGRADES = int(os.environ.get("HANDOVER_UPGRADES", "10"))
 # Of what is compared, each alone and with us.
@@ -43,6 +43,14 @@ def gunicorn(bind: str) -> List[str]:
 
 def starman(workers: int, port: str) -> List[str]:
     return ["starman", "--workers", str(workers), "--listen", f"127.0.0.1:{port}", program("app.psgi")]
+
+
+def answers(address: str) -> bool:
+    try:
+        connect(address).close()
+    except OSError:
+        return False
+    return True
 
 
 def all_of(kinds: Any, counts: Dict[str, int]) -> int:
@@ -140,6 +148,31 @@ class AnyProgram(unittest.TestCase):
         service = Intercepted(self, [], *gunicorn("unix:@DIR@/http.sock"))
         self.loses_nothing(service, *AT_ONCE, *SLOW)
 
+    @needs(built("gunicorn/bin/gunicorn"))
+    def test_a_path_that_is_bound_after_the_program_was_ready(self) -> None:
+        # gunicorn's control socket: the new build binds it while the old one removes it.
+        own = ["--control-socket", "@DIR@/control.sock", "--bind", f"127.0.0.1:{free_port()}", "--chdir", HERE, "wsgi"]
+        service = Intercepted(self, [], built("gunicorn/bin/gunicorn"), *own)
+        path = os.path.join(service.directory, "control.sock")
+        for _ in range(UPGRADES):
+            service.upgrade()
+            service.wait_until_drained()
+            wait_for("the path is there", lambda: answers(path))
+        self.assertNotIn("Control server error", service.written())
+
+    @needs(built("gunicorn/bin/gunicorn"))
+    def test_a_path_that_a_later_build_adds(self) -> None:
+        first = gunicorn(f"127.0.0.1:{free_port()}")
+        service = Intercepted(self, [], *first)
+        path = os.path.join(service.directory, "http.sock")
+        service.upgrade("--", *first[1:-1], "--bind", f"unix:{path}", "wsgi")
+        oracle = Oracle(self, path, *AT_ONCE)
+        for _ in range(2):
+            service.upgrade()
+            service.wait_until_drained()
+        report = oracle.stop()
+        self.assertEqual(report["failed"], 0, report)
+
     def test_python_s_http_server(self) -> None:
         self.upgraded(Intercepted(self, [], program("files.sh"), "@DIR@", str(free_port())), *NEW)
         self.compared("TERM", [], program("files.sh"), "@DIR@", "@PORT@")
@@ -149,6 +182,8 @@ class AnyProgram(unittest.TestCase):
         options = ["--stop-signal", "QUIT"]
         service = Intercepted(self, options, program("debian-nginx.sh"), "@DIR@", str(free_port()))
         self.assertEqual(len(service.cookies()), 2)
+        # For IPv6 alone, beside one for IPv4: nothing to warn of.
+        self.assertNotIn("overlaps", service.written())
         self.loses_nothing(service, *NEW)
         self.compared("QUIT", [], program("debian-nginx.sh"), "@DIR@", "@PORT@")
 

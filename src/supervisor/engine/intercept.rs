@@ -97,8 +97,13 @@ impl Supervisor {
         };
         let [first, second, third, ..] = call.arguments;
         let fd = |argument: u64| argument as u32 as RawFd;
-        // Some programs end every connection with it, so this is to be short.
-        if number == libc::SYS_shutdown && !self.is_listener_of(call.thread, fd(first)) {
+        // Some programs end every connection with one of these, or remove a great many files, so this is to be short.
+        let concerns_nobody = match number {
+            libc::SYS_bind | libc::SYS_listen => false,
+            libc::SYS_shutdown => !self.is_listener_of(call.thread, fd(first)),
+            _ => !self.sockets.has_path(),
+        };
+        if concerns_nobody {
             return Ok(Answer::Pass);
         }
         // From then on they are the program's own affair.
@@ -161,7 +166,7 @@ impl Supervisor {
                 self.give(id, call, caller, own.as_fd(), kept.as_fd(), &address)
             }
             Found::Nothing => {
-                if let Some(kept) = self.sockets.kept.overlap(kind, &address) {
+                if let Some(kept) = self.sockets.kept.overlap(kind, &address, own.as_fd()) {
                     log::warn!(
                         "process {} binds {address}, which overlaps {kept}: the kernel may refuse that",
                         caller.pid
@@ -259,7 +264,9 @@ impl Supervisor {
     }
 
     /// A path that clients know stays, whoever removes it, as long as it is served.
-    fn remove(&self, path: &std::path::Path) -> Answer {
+    fn remove(&mut self, path: &std::path::Path) -> Answer {
+        // The new build may just have bound it.
+        self.sockets.kept.settle();
         if self.sockets.is_at(path) { Answer::Done } else { Answer::Pass }
     }
 

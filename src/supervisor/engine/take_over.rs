@@ -1,10 +1,12 @@
-//! The end of a server that this one's program has replaced: told to stop when the program serves, and never before.
+//! The end of a server that this one's program has replaced: told to stop when the program serves, and never before; unless
+//! the two may not run at the same time.
 
 use std::time::{Duration, Instant};
 
 use super::Supervisor;
 use crate::error::Error;
 use crate::supervisor::connections;
+use crate::supervisor::machine::Phase;
 use crate::supervisor::sockets::Sockets;
 use crate::supervisor::take_over::TakenOver;
 
@@ -45,6 +47,9 @@ impl Supervisor {
             log::info!("process {} has ended: this supervisor has taken its place", server.pid);
             self.taken_over = None;
             self.timers.taken_over = None;
+            if !self.options.overlap && self.machine.phase() == Phase::Starting {
+                self.start();
+            }
         }
     }
 
