@@ -20,6 +20,8 @@ use crate::sys;
 pub(crate) struct Channel {
     stream: UnixStream,
     incoming: Vec<u8>,
+    /// The kind of the last frame that has begun to come.
+    begun: Option<u16>,
     /// This turn of the engine has had its share of what the other side sends.
     has_read: bool,
     outgoing: VecDeque<Outgoing>,
@@ -74,7 +76,7 @@ impl From<io::Error> for Broken {
 impl Channel {
     pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, incoming: Vec::new(), has_read: false, outgoing: VecDeque::new() })
+        Ok(Self { stream, incoming: Vec::new(), begun: None, has_read: false, outgoing: VecDeque::new() })
     }
 
     /// Queues a frame and sends what the socket takes; [`flush`](Self::flush) sends the rest. That the other side has
@@ -162,9 +164,15 @@ impl Channel {
         }
     }
 
+    /// Whether the last frame, whole or broken, says by its header that it is such a message.
+    pub(crate) fn has_begun(&self, message: &Message) -> bool {
+        self.begun == Some(message.kind())
+    }
+
     fn take_frame(&mut self) -> Result<Option<Message>, Malformed> {
         let Some((header, rest)) = self.incoming.split_first_chunk::<HEADER_BYTES>() else { return Ok(None) };
         let header = Header::decode(*header)?;
+        self.begun = Some(header.kind);
         if header.fds != 0 {
             return Err(Malformed(format!("a frame of kind {} with {} fds", header.kind, header.fds)));
         }

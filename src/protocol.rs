@@ -382,7 +382,7 @@ impl Message {
         }
     }
 
-    fn kind(&self) -> u16 {
+    pub(crate) fn kind(&self) -> u16 {
         match self {
             Self::Offer(_) => 1,
             Self::Adopted { .. } => 2,
