@@ -54,8 +54,10 @@ pub(crate) fn tcp_connections(listeners: &[SocketAddr]) -> io::Result<HashSet<u6
 
 #[cfg(feature = "cli")]
 fn dump_connections(family: i32, ports: &HashSet<u16>, found: &mut HashSet<u64>) -> io::Result<()> {
-    /// All but those that wait in a queue, and those that no process holds any more.
-    const STATES: u32 = !(1 << 3 | 1 << 6 | 1 << 10 | 1 << 12);
+    /// Those that a process can hold: established, and on the way to be closed (`TCP_ESTABLISHED`, `TCP_FIN_WAIT1`,
+    /// `TCP_FIN_WAIT2`, `TCP_CLOSE_WAIT`, `TCP_LAST_ACK`, `TCP_CLOSING`). Named one by one: for one state more, that of sockets
+    /// which are bound alone (13, Linux 6.8), the kernel takes the lock of every port there is, and waits for all who connect.
+    const STATES: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
     const NLM_F_DUMP: u16 = 0x300;
     const DUMP_BYTES: u32 = 72;
     let mut request = Vec::with_capacity(DUMP_BYTES as usize);
