@@ -7,6 +7,7 @@
 #   unit     the library's own tests and the examples in its documentation
 #   it       tests with real processes
 #   faults   each fault at each step of an upgrade, as docs/reliability.md has it
+#   compat   scripts/compat.sh: this build and an earlier one hand over to each other
 #   python   the protocol, played from each side by Python as docs/protocol.md tells it
 #   programs real programs under `handover exec`: in Node (Express, and as for pm2), Python (gunicorn), Go, Java and Perl
 #            (starman), and nginx, HAProxy and redis where they are installed. HANDOVER_UPGRADES=N of each [20; 10 of those
@@ -22,7 +23,7 @@
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
-all=(shell unit it faults python programs systemd fleet demo load soak)
+all=(shell unit it faults compat python programs systemd fleet demo load soak)
 parts=()
 for argument in "$@"; do
     case $argument in
@@ -133,6 +134,7 @@ run() {
             # One table after the other: each runs many services at once.
             cargo test --all-features --test it -- --test-threads 1 --nocapture faults::
             ;;
+        compat) scripts/compat.sh ;;
         python)
             cargo build --all-features --examples --bins
             python3 -m unittest discover tests/python

@@ -20,6 +20,8 @@ use crate::sys;
 pub(crate) struct Channel {
     stream: UnixStream,
     incoming: Vec<u8>,
+    /// The kind of the last frame that has begun to come.
+    begun: Option<u16>,
     /// This turn of the engine has had its share of what the other side sends.
     has_read: bool,
     outgoing: VecDeque<Outgoing>,
@@ -74,7 +76,7 @@ impl From<io::Error> for Broken {
 impl Channel {
     pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, incoming: Vec::new(), has_read: false, outgoing: VecDeque::new() })
+        Ok(Self { stream, incoming: Vec::new(), begun: None, has_read: false, outgoing: VecDeque::new() })
     }
 
     /// Queues a frame and sends what the socket takes; [`flush`](Self::flush) sends the rest. That the other side has
@@ -162,9 +164,15 @@ impl Channel {
         }
     }
 
+    /// Whether the last frame, whole or broken, says by its header that it is such a message.
+    pub(crate) fn has_begun(&self, message: &Message) -> bool {
+        self.begun == Some(message.kind())
+    }
+
     fn take_frame(&mut self) -> Result<Option<Message>, Malformed> {
         let Some((header, rest)) = self.incoming.split_first_chunk::<HEADER_BYTES>() else { return Ok(None) };
         let header = Header::decode(*header)?;
+        self.begun = Some(header.kind);
         if header.fds != 0 {
             return Err(Malformed(format!("a frame of kind {} with {} fds", header.kind, header.fds)));
         }
@@ -285,6 +293,56 @@ fn grow_fd_table(any: BorrowedFd<'_>, count: usize) {
 /// An fd to poll, for lists of them.
 pub(crate) fn poll_fd<'a>(fd: &'a impl AsFd, flags: PollFlags) -> PollFd<'a> {
     PollFd::new(fd.as_fd(), flags)
+}
+
+/// In whatever pieces they come, the same frames come of them, and the same reason.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_stream(bytes: &[u8]) {
+    type Taken = (Vec<Message>, Option<Malformed>, usize);
+    fn take<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Option<Taken> {
+        let mut channel = Channel::new(UnixStream::pair().ok()?.0).ok()?;
+        let mut taken = vec![];
+        for piece in pieces {
+            channel.incoming.extend_from_slice(piece);
+            loop {
+                match channel.take_frame() {
+                    Ok(Some(message)) => taken.push(message),
+                    Ok(None) => break,
+                    Err(malformed) => return Some((taken, Some(malformed), 0)),
+                }
+            }
+        }
+        Some((taken, None, channel.incoming.len()))
+    }
+    let (pieces, whole) = crate::fuzz::in_pieces(bytes);
+    assert_eq!(take(pieces), take(std::iter::once(whole)));
+}
+
+/// An offer and messages with fds: the first byte says how many of these there are, the next ones how many fds each has.
+/// As many are received as the offer says or none, and none stays open.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_offer(bytes: &[u8]) {
+    const MESSAGES_MAX: u8 = 8;
+    const WAIT: std::time::Duration = std::time::Duration::from_secs(30);
+    let Some((messages, rest)) = bytes.split_first() else { return };
+    let Some((counts, frame)) = rest.split_at_checked(usize::from(messages % MESSAGES_MAX)) else { return };
+    let (Ok((pipe, passed)), Ok((mut theirs, ours))) = (io::pipe(), UnixStream::pair()) else { return };
+    let deadline = Instant::now() + WAIT;
+    // Less than the buffer of a socket holds, so that nobody waits.
+    let _ = theirs.write_all(frame.get(..100_000).unwrap_or(frame));
+    for count in counts {
+        let fds = vec![passed.as_raw_fd(); usize::from(*count)];
+        let _ = theirs.send_with_fd(if count % 16 == 15 { b"X" } else { b"F" }, &fds);
+    }
+    drop((theirs, passed));
+    let received = Channel::new(ours).map(|mut channel| channel.receive_offer(deadline));
+    if let Ok(Ok(Some((offer, fds)))) = &received {
+        assert_eq!(fds.len(), offer.fd_count());
+    }
+    assert!(Instant::now() < deadline, "waited for what cannot come");
+    drop(received);
+    // Its end comes when the last copy is closed.
+    assert!(matches!(crate::poll::wait(pipe.as_fd(), PollFlags::POLLIN, Some(deadline)), Ok(true)));
 }
 
 #[cfg(test)]

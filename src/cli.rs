@@ -15,6 +15,8 @@ mod scale;
 mod status;
 mod stop;
 mod upgrade;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 
 use std::fs;
 use std::io::Read;

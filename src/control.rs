@@ -18,6 +18,13 @@ pub use messages::{
     StageEvent, StageName, State, Status, UpgradeRequest, Wait, WorkerStatus,
 };
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz {
+    pub(crate) use super::client::fuzz as answers;
+    pub(crate) use super::find::fuzz as unix_sockets;
+    pub(crate) use super::server::fuzz as requests;
+}
+
 /// The longest request line.
 pub(crate) const REQUEST_BYTES_MAX: usize = 256 << 10;
 /// The longest line of an answer: a status with thousands of listeners.

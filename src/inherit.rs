@@ -104,6 +104,14 @@ impl Inherit {
     }
 }
 
+/// The variables that say what this process is given.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    receive::fuzz(&text);
+    socket_activation::fuzz(&text);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

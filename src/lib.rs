@@ -61,6 +61,7 @@
 //!
 //! Linux 5.4 or later.
 
+#![deny(unsafe_code)]
 // Nothing that the outside does may end the process.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -73,6 +74,9 @@ mod upgrade;
 mod inherit;
 #[cfg(test)]
 mod garbled;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 #[cfg(test)]
 mod model;
 mod state;
@@ -103,6 +107,7 @@ mod both;
 mod text;
 mod fault;
 mod error;
+#[allow(unsafe_code)]
 mod sys;
 
 pub use config::{Config, Signals};

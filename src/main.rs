@@ -1,7 +1,10 @@
 //! The `handover` command: parse, do, exit.
+#![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod cli;
+#[cfg(fuzzing)]
+pub(crate) use cli::fuzz;
 
 use std::process::ExitCode;
 

@@ -382,7 +382,7 @@ impl Message {
         }
     }
 
-    fn kind(&self) -> u16 {
+    pub(crate) fn kind(&self) -> u16 {
         match self {
             Self::Offer(_) => 1,
             Self::Adopted { .. } => 2,
@@ -481,6 +481,23 @@ impl Message {
         }
         Ok(message)
     }
+}
+
+/// A frame or a reason; a frame that is encoded again is the same.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Some((header, body)) = bytes.split_first_chunk() else { return };
+    let Ok(header) = Header::decode(*header) else { return };
+    let versions = header.offered_versions(body);
+    let Ok(message) = Message::decode(header, body) else { return };
+    if let Message::Offer(offer) = &message {
+        assert_eq!(versions, Some(offer.protocol));
+    }
+    let again = message.encode().unwrap_or_default();
+    let (header, body) = again.split_first_chunk().unwrap_or((&[0; HEADER_BYTES], &[]));
+    let header = Header::decode(*header);
+    assert_eq!(header.as_ref().map(|header| header.body_bytes), Ok(body.len()));
+    assert_eq!(header.and_then(|header| Message::decode(header, body)), Ok(message));
 }
 
 /// Whether a listener may have this name, which also stands in LISTEN_FDNAMES.

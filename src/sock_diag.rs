@@ -132,6 +132,21 @@ fn queue_length(answer: &[u8]) -> Option<u32> {
     }
 }
 
+/// Inodes fit into 32 bits in this answer, and only connections to the ports asked for are found.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let _ = queue_length(bytes);
+    #[cfg(feature = "cli")]
+    {
+        let mut found = HashSet::new();
+        let _ = add_inodes(bytes, &HashSet::from([80, 443, 8080, 8081]), &mut found);
+        assert!(found.len() <= bytes.len() / 16 + 1 && !found.contains(&0));
+        let mut none = HashSet::new();
+        let _ = add_inodes(bytes, &HashSet::new(), &mut none);
+        assert!(none.is_empty());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,12 +189,15 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "cli")]
+    static ALL_PORTS: std::sync::LazyLock<HashSet<u16>> = std::sync::LazyLock::new(|| (0..=u16::MAX).collect());
+
     proptest::proptest! {
         #[test]
         fn any_answer_is_read(answer in proptest::collection::vec(proptest::num::u8::ANY, 0..300)) {
             let _ = queue_length(&answer);
             #[cfg(feature = "cli")]
-            let _ = add_inodes(&answer, &(0..=u16::MAX).collect(), &mut HashSet::new());
+            let _ = add_inodes(&answer, &ALL_PORTS, &mut HashSet::new());
         }
     }
 }

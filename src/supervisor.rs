@@ -42,6 +42,15 @@ pub use listen::Listen;
 pub use options::{Hangup, Intercept, Options, Ready, StopSignal};
 pub use trampoline::run_worker;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz {
+    pub(crate) use super::conversation::fuzz as conversation;
+    pub(crate) use super::engine::fuzz as saved_state;
+    pub(crate) use super::node_channel::fuzz as node_messages;
+    pub(crate) use super::notify::fuzz as notifications;
+    pub(crate) use super::seen::fuzz as seen;
+}
+
 use crate::error::Error;
 
 /// Goes on in the place of a supervisor that has replaced itself by this build, if this process is one.

@@ -1,8 +1,8 @@
 //! Every `unsafe` block of the crate, behind functions that are safe to call.
 //!
 //! What `nix`, `socket2` and `sendfd` already wrap is used from there. Here is only what they lack: `posix_spawn` with
-//! a working directory, pidfds, fds that arrive by number or by message, system calls that wait for
-//! another process, and two socket options.
+//! a working directory, pidfds, fds that arrive by number or by message, a faster `accept`, system calls that wait for
+//! another process, what a signal does, and readings of a socket. The compiler refuses it anywhere else.
 
 mod accept;
 mod fds;

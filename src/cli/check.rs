@@ -10,6 +10,8 @@ mod proc_files;
 mod systemctl;
 mod unit;
 mod unit_file;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzz;
 
 use std::path::{Path, PathBuf};
 

@@ -89,6 +89,36 @@ fn options(exec: &Command, key: &str, value: &Value) -> Result<Vec<OsString>, St
     }
 }
 
+/// Options that there are, each with its value, then those of the command line, then the program.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(bytes: &[u8]) {
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+    use std::sync::LazyLock;
+    static DEFINITIONS: LazyLock<Command> = LazyLock::new(<super::Arguments as clap::CommandFactory>::command);
+    let memfd = nix::sys::memfd::memfd_create("options", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+    let Ok(mut file) = memfd.map(File::from) else { return };
+    let _ = file.write_all(bytes);
+    let config = format!("--config=/proc/self/fd/{}", file.as_raw_fd());
+    let Ok(expanded) = expand(["handover", VERB, &config].map(OsString::from).to_vec(), &DEFINITIONS) else { return };
+    let config = OsString::from(config);
+    let own: Vec<String> = expanded
+        .iter()
+        .skip(2)
+        .take_while(|one| **one != config)
+        .map(|one| one.to_string_lossy().into_owned())
+        .collect();
+    let is_option = |text: &String| {
+        let name = text.strip_prefix("--").and_then(|rest| rest.split('=').next());
+        let exec = DEFINITIONS.find_subcommand(VERB);
+        exec.is_some_and(|exec| exec.get_arguments().any(|arg| name.is_some() && arg.get_long() == name))
+    };
+    assert!(own.iter().all(is_option), "{own:?}");
+    // Names of hosts would be looked up.
+    let asks_nobody = expanded.iter().filter(|one| !one.to_string_lossy().starts_with("--listen"));
+    let _ = DEFINITIONS.clone().try_get_matches_from(asks_nobody);
+}
+
 /// Clap knows what is near.
 fn unknown(exec: &Command, key: &str) -> String {
     let error = exec.clone().try_get_matches_from([VERB.to_owned(), format!("--{key}")]).err();

@@ -59,7 +59,7 @@ impl Output {
 
     pub(super) fn json_line(&mut self, value: &impl Serialize) {
         if let Ok(text) = serde_json::to_string(value) {
-            self.line(&text);
+            self.lines(&text);
         }
     }
 
@@ -151,6 +151,19 @@ impl Output {
         } else {
             self.complain(&[format!("handover: {}", failure.message)]);
         }
+    }
+}
+
+/// Stages and results, as they are shown for people.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(bytes: &[u8]) {
+    let shown = |text: &str| assert_eq!(wrapped(&shortened(text, 200), Some(80), 2).is_empty(), text.is_empty());
+    if let Ok(stage) = serde_json::from_slice::<StageEvent>(bytes) {
+        shown(&stage_line(&stage.stage.to_string(), stage.at_ms, &details(&stage)));
+    }
+    if let Ok(result) = serde_json::from_slice::<ResultEvent>(bytes) {
+        shown(&result.message);
+        assert!(last_lines(&result.stderr).iter().map(String::len).sum::<usize>() <= STDERR_BYTES_MAX);
     }
 }
 

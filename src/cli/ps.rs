@@ -57,6 +57,11 @@ pub(super) fn run(_: &Arguments, output: &mut Output) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(status: &Status) {
+    row(status.pid, status);
+}
+
 fn row(pid: i32, status: &Status) -> Vec<String> {
     let mut addresses: Vec<&str> = status.listeners.iter().map(|listener| listener.address.as_str()).collect();
     let more = addresses.len().saturating_sub(3);

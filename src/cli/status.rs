@@ -1,5 +1,6 @@
 //! `handover status`
 
+use std::fmt::Write;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
@@ -57,14 +58,9 @@ fn render(status: &Status) -> Vec<String> {
     let mut lines: Vec<String> = status.name.iter().map(|name| format!("name         {name}")).collect();
     lines.extend([
         format!("generation   {}, pid {}, {}", status.generation, status.pid, status.state),
-        format!("since        {} ({})", humantime::format_rfc3339_seconds(since), lasted(age)),
+        format!("since        {} ({})", date(status.since_unix_ms), lasted(age)),
         format!("program      {}{version}", status.program.display()),
-        format!(
-            "build        inode {}, {} bytes, written {}",
-            build.inode,
-            build.size,
-            humantime::format_rfc3339_seconds(at(build.modified_unix_ms))
-        ),
+        format!("build        inode {}, {} bytes, written {}", build.inode, build.size, date(build.modified_unix_ms)),
     ]);
     lines.push(match status.workers.is_empty() {
         true => format!("connections  {} open, {} accepted", status.connections.open, status.connections.accepted),
@@ -72,8 +68,7 @@ fn render(status: &Status) -> Vec<String> {
         false => format!("connections  {} open", status.connections.open),
     });
     if let Some(previous) = &status.previous {
-        let written = humantime::format_rfc3339_seconds(at(previous.modified_unix_ms));
-        lines.push(format!("previous     {}, written {written}", previous.path.display()));
+        lines.push(format!("previous     {}, written {}", previous.path.display(), date(previous.modified_unix_ms)));
     }
     for older in status.draining.iter().filter(|_| status.workers.is_empty()) {
         let open = Client::connect(&Target::Pid(older.pid)).and_then(Client::status);
@@ -81,11 +76,7 @@ fn render(status: &Status) -> Vec<String> {
         lines.push(format!("draining     generation {} (pid {}){open}", older.generation, older.pid));
     }
     if let Some(last) = &status.last_upgrade {
-        lines.push(format!(
-            "last upgrade {}: {}",
-            humantime::format_rfc3339_seconds(at(last.at_unix_ms)),
-            last.message
-        ));
+        lines.push(format!("last upgrade {}: {}", date(last.at_unix_ms), last.message));
     }
     let head = ["LISTENER", "KIND", "ADDRESS", "QUEUE", "SOURCE"].map(str::to_owned).to_vec();
     let rows = status.listeners.iter().map(|listener| {
@@ -121,6 +112,28 @@ fn workers(status: &Status) -> Vec<String> {
     table(&std::iter::once(head).chain(rows).collect::<Vec<Vec<String>>>())
 }
 
+/// What a process says of itself is shown, whatever it is.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(bytes: &[u8]) {
+    if let Ok(mut status) = serde_json::from_slice::<Status>(bytes) {
+        super::ps::fuzz(&status);
+        super::check::fuzz::statuses(&status);
+        // Of which each would be asked.
+        status.draining.clear();
+        render(&status);
+    }
+    super::output::fuzz(bytes);
+}
+
 fn at(unix_ms: u64) -> SystemTime {
     UNIX_EPOCH + Duration::from_millis(unix_ms)
+}
+
+/// A process may say anything, and from the year 10,000 on there is no way to write it.
+fn date(unix_ms: u64) -> String {
+    let mut text = String::new();
+    match write!(text, "{}", humantime::format_rfc3339_seconds(at(unix_ms))) {
+        Ok(()) => text,
+        Err(_) => "?".to_owned(),
+    }
 }

@@ -15,7 +15,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Pid;
 
 use super::ANSWER_BYTES_MAX;
-use super::find::{Target, service_of};
+use super::find::{Target, service_of, state_of};
 use super::messages::{
     AcceptedEvent, Event, Outcome, Request, ResultEvent, StageEvent, StageName, State, Status, UpgradeRequest, Wait,
 };
@@ -382,14 +382,8 @@ impl Client {
         event.map(Some).map_err(|error| self.failed("understand", &format!("it answered {error}")))
     }
 
-    /// As `/proc/PID/stat` has it: `T` by a signal, `t` by a debugger.
-    fn state(&self) -> Option<char> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
-        stat.rsplit_once(") ")?.1.chars().next()
-    }
-
     fn silent(&self) -> Error {
-        let stopped = matches!(self.state(), Some('T' | 't'));
+        let stopped = matches!(state_of(self.pid()), Some('T' | 't'));
         let cause = format!("it has said nothing for {} s", self.patience.as_secs());
         match (stopped, self.accepted) {
             (true, true) => self
@@ -429,4 +423,46 @@ fn connect_to(path: &Path) -> io::Result<UnixStream> {
     let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
     let directory = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(directory)?;
     UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name))
+}
+
+/// What a process answers: each of the ways to read it ends, and what it says is written again as it was read.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let client = || -> io::Result<Client> {
+        let (mut theirs, ours) = UnixStream::pair()?;
+        // Less than the buffer of a socket holds, so that nobody waits.
+        theirs.write_all(bytes.get(..100_000).unwrap_or(bytes))?;
+        Ok(Client {
+            stream: BufReader::new(ours),
+            target: Target::Pid(1),
+            pid: Pid::from_raw(1),
+            process: None,
+            accepted: false,
+            supervises: false,
+            patience: SILENCE_MAX,
+            patience_once_adopted: None,
+        })
+    };
+    let (Ok(mut follows), Ok(asks), Ok(takes)) = (client(), client(), client()) else { return };
+    let again = |event: &Event| {
+        let write = |event: &Event| serde_json::to_string(event).unwrap_or_default();
+        let read = |line: &str| serde_json::from_str(line).map(|event| write(&event)).unwrap_or_default();
+        // The first reading may find claims in a stage that has none.
+        let line = read(&write(event));
+        assert!(!line.is_empty());
+        assert_eq!(read(&line), line);
+    };
+    let result = follows.follow(&mut |answer| match answer {
+        Answer::Accepted(accepted) => again(&Event::Accepted(accepted.clone())),
+        Answer::Stage(stage) => again(&Event::Stage(stage.clone())),
+    });
+    if let Ok(Some(result)) = result {
+        again(&Event::Result(result));
+    }
+    if let Ok(status) = asks.status() {
+        again(&Event::Status(status.into()));
+    }
+    if let Ok((_, accepted)) = takes.take_over() {
+        again(&Event::Accepted(accepted));
+    }
 }

@@ -95,8 +95,17 @@ fn find(pid: i32) -> io::Result<Option<Service>> {
 }
 
 fn is_zombie(pid: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z'))
+    state_of(pid) == Some('Z')
+}
+
+/// What a process is doing, by a letter; `T` when it is stopped by a signal, `t` by a debugger.
+pub(super) fn state_of(pid: i32) -> Option<char> {
+    state_in(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// The name before it is the program's choice, and may have anything in it.
+fn state_in(stat: &str) -> Option<char> {
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// The pid that a process has in its own namespace: the last field of `NSpid`.
@@ -147,6 +156,18 @@ fn socket_inodes(directory: &Path) -> io::Result<HashSet<u64>> {
     let links = fs::read_dir(directory)?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
     let inode = |link: PathBuf| link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok();
     Ok(links.filter_map(inode).collect())
+}
+
+/// Tables and lines of `/proc`.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    for socket in unix_sockets(bytes) {
+        assert!(!socket.path.contains(&b'\n'));
+    }
+    assert!(listening_paths(bytes).all(|(_, path)| path.starts_with(b"/")));
+    let text = String::from_utf8_lossy(bytes);
+    assert!(innermost_pid(&text).is_none() || text.contains("NSpid:"));
+    let _ = state_in(&text);
 }
 
 #[cfg(test)]

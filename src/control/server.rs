@@ -204,15 +204,16 @@ impl Server {
         let mut buffer = [0; 4096];
         let newline = loop {
             if client.asked {
-                // After its request a client has nothing to say but good-bye.
-                match client.stream.read(&mut buffer) {
-                    Ok(count) if count > 0 => continue,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
-                    _ => {
-                        self.clients.remove(&id);
-                        return None;
-                    }
+                // After its request a client has nothing to say but good-bye. If it talks on, `poll` says so again.
+                let read = client.stream.read(&mut buffer);
+                let stays = match read {
+                    Ok(count) => count > 0,
+                    Err(error) => matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
+                };
+                if !stays {
+                    self.clients.remove(&id);
                 }
+                return None;
             }
             match client.stream.read(&mut buffer) {
                 Ok(0) => {
@@ -372,9 +373,73 @@ impl AsFd for Server {
     }
 }
 
+/// Whatever a client writes, in whatever pieces: it has asked once or not at all, or is told that nobody understands it.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let (pieces, whole) = crate::fuzz::in_pieces(bytes);
+    let (Ok((mut client, ours)), Ok((unused, _))) = (UnixStream::pair(), UnixStream::pair()) else { return };
+    if ours.set_nonblocking(true).is_err() || client.set_nonblocking(true).is_err() {
+        return;
+    }
+    let mut server = Server {
+        listener: OwnedFd::from(unused).into(),
+        path: PathBuf::new(),
+        inode: 0,
+        clients: BTreeMap::new(),
+        next_id: 0,
+        reserve: None,
+        paused_until: None,
+    };
+    let id = server.admit(ours, Pid::this());
+    let mut asked = vec![];
+    for piece in pieces {
+        // One that has been refused is gone.
+        let _ = client.write_all(piece);
+        asked.extend(server.read(id));
+    }
+    let mut answer = String::new();
+    let _ = client.read_to_string(&mut answer);
+    let line = whole.split(|byte| *byte == b'\n').next().filter(|line| line.len() < whole.len());
+    let understood = line.and_then(|line| serde_json::from_slice::<Request>(line).ok());
+    let again = |request: &Request| serde_json::to_string(request).unwrap_or_default();
+    let (asked, wanted): (Vec<_>, Vec<_>) =
+        (asked.iter().map(|asked| again(&asked.request)).collect(), understood.iter().map(again).collect());
+    assert_eq!(asked, wanted);
+    for text in wanted {
+        assert_eq!(serde_json::from_str(&text).map(|read| again(&read)).ok(), Some(text));
+    }
+    let refused =
+        matches!(serde_json::from_str(&answer), Ok(Event::Result(result)) if result.result == Outcome::BadRequest);
+    assert_eq!(refused, line.is_some() && asked.is_empty(), "{answer}");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The engine has others to listen to.
+    #[test]
+    fn a_client_that_never_stops_talking_is_heard_in_parts() {
+        let directory = std::env::temp_dir().join(format!("handover-server-talk-{}", std::process::id()));
+        let mut server = Server::bind(Some(&directory)).unwrap();
+        let mut client = UnixStream::connect(&server.path).unwrap();
+        server.accept();
+        client.write_all(b"{\"request\":\"status\"}\n").unwrap();
+        assert!(server.read(0).is_some());
+        client.set_nonblocking(true).unwrap();
+        while client.write(&[b'x'; 4096]).is_ok() {}
+        assert!(server.read(0).is_none());
+        let left = crate::sys::unread_bytes(server.clients[&0].stream.as_fd()).unwrap();
+        assert!(left > 0, "all of it was read at once");
+        while crate::sys::unread_bytes(server.clients[&0].stream.as_fd()).unwrap() > 0 {
+            assert!(server.read(0).is_none());
+        }
+        // And when it has closed the connection it is gone.
+        drop(client);
+        assert!(server.read(0).is_none() && !server.is_connected(0));
+        server.unlink();
+        fs::remove_dir(&directory).unwrap();
+    }
 
     /// Two containers that share the directory may both have pid 1.
     #[test]

@@ -182,10 +182,10 @@ impl Engine {
         fault::reached(step, self.upstream.as_ref().map(|upstream| &upstream.channel));
     }
 
-    /// Before commit whoever sends it lives, and must not be taken for dead. After it he may have settled, and then nobody else
-    /// serves; where he would rather have the listeners back he kills this process first.
+    /// Whoever sends it lives, and must not be taken for dead. But who says `settled`, however badly, does not serve any more.
     fn on_nonsense(&self) -> Event {
-        if self.inherit.stage() == Stage::Trial { Event::ChannelEnded } else { Event::Aborted }
+        let settles = self.upstream.as_ref().is_some_and(|upstream| upstream.channel.has_begun(&Message::Settled));
+        if settles && self.inherit.stage() == Stage::Trial { Event::Settled } else { Event::Aborted }
     }
 
     pub(super) fn read_upstream(&mut self) {
@@ -214,8 +214,10 @@ impl Engine {
             if event == Event::ChannelEnded && self.inherit.stage() != Stage::Owner {
                 // Nobody reads that pipe any more.
                 self.take_stderr();
-                let cause = if reason.is_empty() { "the old process died" } else { &reason };
-                log::warn!("{cause} in the middle of the upgrade: generation {} takes over", self.shared.generation);
+                log::warn!(
+                    "the old process died in the middle of the upgrade: generation {} takes over",
+                    self.shared.generation
+                );
             }
             self.tell_new_side_with(event, reason);
             if over {

@@ -111,8 +111,7 @@ pub(crate) fn by_pull(target: &Target) -> Result<Handed, Error> {
 fn channel_from_environment() -> Option<UnixStream> {
     let value = env::var(CHANNEL_VARIABLE).ok()?;
     let channel = (|| {
-        let (number, inode) = value.split_once(':')?;
-        let (number, inode): (i32, u64) = (number.parse().ok()?, inode.parse().ok()?);
+        let (number, inode) = number_and_inode(&value)?;
         let link = std::fs::read_link(format!("/proc/self/fd/{number}")).ok()?;
         // Before the fd is touched: it may be somebody else's.
         (link.to_str()? == format!("socket:[{inode}]")).then_some(())?;
@@ -125,6 +124,19 @@ fn channel_from_environment() -> Option<UnixStream> {
         log::debug!("{CHANNEL_VARIABLE}={value} is a left-over of an ancestor: ignored");
     }
     channel
+}
+
+fn number_and_inode(value: &str) -> Option<(i32, u64)> {
+    let (number, inode) = value.split_once(':')?;
+    Some((number.parse().ok()?, inode.parse().ok()?))
+}
+
+/// What can be parsed is what is written so, but for zeroes and a sign.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(text: &str) {
+    if let Some(read) = number_and_inode(text) {
+        assert_eq!(number_and_inode(&format!("{}:{}", read.0, read.1)), Some(read));
+    }
 }
 
 /// `old` is the process at the other end, and `old_pid` its pid where that is another here than there.

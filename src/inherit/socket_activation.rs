@@ -26,20 +26,18 @@ pub(crate) fn from_environment() -> Vec<Inherited> {
     if !is_for_this_process() {
         return vec![];
     }
-    let count = env::var("LISTEN_FDS").ok().and_then(|count| count.parse().ok()).unwrap_or(0).min(FDS_MAX);
-    let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
-    let mut names = names.split(':');
+    let text = |variable| env::var(variable).unwrap_or_default();
+    let (count, names) = (text("LISTEN_FDS"), text("LISTEN_FDNAMES"));
     let mut found = Vec::new();
-    for index in 0..count {
-        let name = names.next().filter(|name| !name.is_empty()).unwrap_or("unknown").to_owned();
-        let Some(fd) = i32::try_from(index).ok().and_then(|index| sys::fd_from_environment(FIRST_FD + index)) else {
-            log::warn!("LISTEN_FDS={count}, but fd {} is not open", FIRST_FD as usize + index);
+    for (number, name) in named_fds(&count, &names) {
+        let Some(fd) = sys::fd_from_environment(number) else {
+            log::warn!("LISTEN_FDS={count}, but fd {number} is not open");
             continue;
         };
         let nonblocking = socket2::SockRef::from(&fd).set_nonblocking(true);
-        let inherited = nonblocking.and_then(|()| match name_in_store(&name) {
+        let inherited = nonblocking.and_then(|()| match name_in_store(name) {
             Some(name) => Inherited::stored(name.to_owned(), fd),
-            None => Inherited::activated(name.clone(), fd),
+            None => Inherited::activated(name.to_owned(), fd),
         });
         match inherited {
             Ok(Some(inherited)) => found.push(inherited),
@@ -48,4 +46,19 @@ pub(crate) fn from_environment() -> Vec<Inherited> {
         }
     }
     found
+}
+
+fn named_fds<'a>(count: &str, names: &'a str) -> impl Iterator<Item = (i32, &'a str)> {
+    let count = count.parse().unwrap_or(0).min(FDS_MAX);
+    let names = names.split(':').map(|name| if name.is_empty() { "unknown" } else { name });
+    (FIRST_FD..).zip(names.chain(std::iter::repeat("unknown"))).take(count)
+}
+
+/// Count and names, in lines.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(text: &str) {
+    let (count, names) = text.split_once('\n').unwrap_or((text, ""));
+    let found: Vec<_> = named_fds(count, names).collect();
+    assert_eq!(found.len(), count.parse().unwrap_or(0).min(FDS_MAX));
+    assert!(found.iter().all(|(number, name)| *number >= FIRST_FD && !name.is_empty() && !name.contains(':')));
 }

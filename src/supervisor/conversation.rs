@@ -162,6 +162,34 @@ impl Conversation {
     }
 }
 
+/// What a worker says in answer to the offer. It has adopted it before it is ready, and after a failure nothing is heard.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use std::io::Write;
+    let (pieces, _) = crate::fuzz::in_pieces(bytes);
+    let terms = Terms { generation: 2, ready_timeout: Duration::ZERO, trial: Duration::ZERO };
+    let Ok((mut conversation, mut worker)) = Conversation::begin(terms) else { return };
+    let mut all = vec![];
+    for piece in pieces {
+        let _ = worker.write_all(piece);
+        // After each read's worth it says once that there is nothing more for now.
+        for _ in 0..2 {
+            all.extend(conversation.hear().unwrap_or_default());
+        }
+        if all.ends_with(&[Heard::Ready]) {
+            conversation.commit();
+        }
+    }
+    let place = |wanted: &Heard| all.iter().position(|heard| heard == wanted);
+    assert!(place(&Heard::Adopted) <= place(&Heard::Ready) || place(&Heard::Ready).is_none(), "{all:?}");
+    let failed = all.iter().position(|heard| matches!(heard, Heard::Failed(_)));
+    // A channel that is broken stays so, and says it as often as it is asked.
+    let after = all.iter().skip(failed.unwrap_or(all.len()));
+    assert!(after.clone().all(|heard| matches!(heard, Heard::Failed(_))), "{all:?}");
+    conversation.settle();
+    conversation.abort("the test is over");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

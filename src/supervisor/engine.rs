@@ -47,6 +47,8 @@ use forward::Forwarded;
 use reap::ChildSignals;
 use replace::Replacement;
 use report::Report;
+#[cfg(any(test, fuzzing))]
+pub(crate) use resume::fuzz;
 pub use resume::rehearse;
 pub(super) use resume::{STATE_VARIABLE, resumed};
 use scale::Scaling;

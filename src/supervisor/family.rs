@@ -15,11 +15,15 @@ pub(super) fn of(root: Pid) -> Vec<Pid> {
     while let Some(pid) = family.get(looked_at).copied().filter(|_| family.len() < PROCESSES_MAX) {
         looked_at += 1;
         for thread in threads(pid) {
-            let children = fs::read_to_string(thread.join("children")).unwrap_or_default();
-            family.extend(children.split_ascii_whitespace().filter_map(|text| text.parse().ok()).map(Pid::from_raw));
+            family.extend(children_in(&fs::read_to_string(thread.join("children")).unwrap_or_default()));
         }
     }
     family
+}
+
+/// In `/proc/PID/task/TID/children`.
+pub(super) fn children_in(text: &str) -> impl Iterator<Item = Pid> {
+    text.split_ascii_whitespace().filter_map(|text| text.parse().ok()).filter(|pid| *pid > 0).map(Pid::from_raw)
 }
 
 /// The directories of its threads in `/proc`.

@@ -12,6 +12,8 @@ use crate::saved;
 
 /// Longer messages are passed over.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
+/// One program that writes without end must not keep the others waiting.
+const BYTES_AT_ONCE: usize = 64 << 10;
 
 #[derive(Serialize, Deserialize)]
 pub(super) struct NodeChannel {
@@ -33,13 +35,18 @@ impl NodeChannel {
         self.stream.as_ref().map(AsFd::as_fd)
     }
 
-    /// The messages that have come whole. Node's own (`{"cmd":"NODE_…"}`) are among them.
+    /// The messages that have come whole, or as many as there are in one read's worth. Node's own (`{"cmd":"NODE_…"}`) are
+    /// among them.
     pub(super) fn read(&mut self) -> Vec<Value> {
         let mut buffer = [0; 4096];
-        while let Some(stream) = &mut self.stream {
+        let mut taken = 0;
+        while let Some(stream) = self.stream.as_mut().filter(|_| taken < BYTES_AT_ONCE) {
             match stream.read(&mut buffer) {
                 Ok(0) => self.stream = None,
-                Ok(count) => self.incoming.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+                Ok(count) => {
+                    taken += count;
+                    self.incoming.extend_from_slice(buffer.get(..count).unwrap_or_default());
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(_) => self.stream = None,
@@ -65,6 +72,24 @@ impl NodeChannel {
     }
 }
 
+/// The messages are the lines that are JSON, in whatever pieces they come.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let (pieces, whole) = crate::fuzz::in_pieces(bytes);
+    let Ok((mut ours, mut theirs)) = NodeChannel::pair() else { return };
+    let mut messages = vec![];
+    for piece in pieces {
+        let _ = theirs.write_all(piece);
+        messages.extend(ours.read());
+    }
+    let lines = whole.split_inclusive(|byte| *byte == b'\n').filter(|line| line.ends_with(b"\n"));
+    let wanted: Vec<Value> = lines.filter_map(|line| serde_json::from_slice(line).ok()).collect();
+    assert_eq!(messages, wanted);
+    drop(theirs);
+    ours.read();
+    assert!(ours.fd().is_none());
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,6 +110,21 @@ mod tests {
         drop(theirs);
         assert!(ours.read().is_empty() && ours.fd().is_none());
         assert!(ours.send("x").is_err());
+    }
+
+    /// The supervisor has others to listen to.
+    #[test]
+    fn a_program_that_never_stops_talking_is_heard_in_parts() {
+        let (mut ours, mut theirs) = NodeChannel::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let mut written = 0;
+        while let Ok(count) = theirs.write("1\n".repeat(2048).as_bytes()) {
+            written += count / 2;
+        }
+        let first = ours.read().len();
+        assert!(first < written, "{first} of {written} at once");
+        let rest: usize = (0..written).map(|_| ours.read().len()).sum();
+        assert_eq!(first + rest, written);
     }
 
     proptest::proptest! {

@@ -20,6 +20,17 @@ pub(super) struct Said {
     pub(super) status: Option<String>,
 }
 
+impl Said {
+    fn hear(&mut self, datagram: &[u8]) {
+        for line in String::from_utf8_lossy(datagram).lines() {
+            self.ready |= line == "READY=1";
+            if let Some(status) = line.strip_prefix("STATUS=") {
+                self.status = Some(printable(status));
+            }
+        }
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 pub(super) struct NotifySocket {
     #[serde(with = "saved::fd")]
@@ -54,10 +65,7 @@ impl NotifySocket {
                 log::warn!("a message of uid {uid:?} on a notify socket is ignored");
                 continue;
             }
-            for line in String::from_utf8_lossy(buffer.get(..count).unwrap_or_default()).lines() {
-                said.ready |= line == "READY=1";
-                said.status = line.strip_prefix("STATUS=").map(printable).or(said.status);
-            }
+            said.hear(buffer.get(..count).unwrap_or_default());
         }
         said
     }
@@ -67,6 +75,16 @@ impl AsFd for NotifySocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Ready is what a line says, and nothing else.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let mut said = Said::default();
+    said.hear(bytes);
+    let has = |line: &[u8]| bytes.windows(line.len()).any(|window| window == line);
+    assert!(!said.ready || has(b"READY=1"));
+    assert_eq!(said.status.is_some(), has(b"\nSTATUS=") || bytes.starts_with(b"STATUS="));
 }
 
 #[cfg(test)]

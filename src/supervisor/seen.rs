@@ -160,6 +160,18 @@ fn memory(pid: Pid, address: u64, length: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// `fdinfo` of an epoll set, and what a thread waits in.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    assert!(in_epoll_set(&text).count() <= text.lines().count());
+    assert!(family::children_in(&text).all(|pid| pid.as_raw() > 0));
+    if let Some(call) = system_call(&text) {
+        // Of this process, so that its memory may be read, wherever that is.
+        assert!(fds_waited_for(&call, Pid::this()).len() <= POLLED_MAX.max(libc::FD_SETSIZE));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -107,6 +107,10 @@ impl Sockets {
         self.entries().filter_map(|entry| entry.socket.fd()).collect()
     }
 
+    pub(super) fn has(&self, inode: u64) -> bool {
+        self.kept.has(inode) || self.entries().any(|entry| inode_of(entry) == Some(inode))
+    }
+
     /// The same, once it was looked what has become of those that were being bound.
     pub(super) fn settled(&mut self) -> Vec<Watched> {
         self.kept.settle();
@@ -119,10 +123,6 @@ impl Sockets {
             Some(Watched { name: entry.name.clone(), inode: inode_of(entry)?, address: entry.address.clone() })
         };
         self.entries().filter_map(watched).chain(self.kept.watched()).collect()
-    }
-
-    pub(super) fn has(&self, inode: u64) -> bool {
-        self.kept.has(inode) || self.entries().any(|entry| inode_of(entry) == Some(inode))
     }
 
     pub(super) fn addresses(&self) -> Vec<Address> {

@@ -48,7 +48,7 @@ pub(super) struct Worker {
     pub(super) interception: Option<Interception>,
     /// When it has last bound one.
     #[serde(with = "saved::moment::option")]
-    pub(super) last_call: Option<Instant>,
+    pub(super) last_bound: Option<Instant>,
     /// Until the upgrade that it was started for is over.
     #[serde(skip)]
     pub(super) conversation: Option<Conversation>,
@@ -140,7 +140,7 @@ impl Worker {
             stderr,
             stdout,
             interception,
-            last_call: None,
+            last_bound: None,
             conversation,
             said_ready: false,
             sent_ready: false,
@@ -199,7 +199,7 @@ impl Worker {
             self.next_look = None;
             return;
         }
-        let listens_for = |delay: Duration| self.last_call.is_some_and(|last| now >= last + delay);
+        let listens_for = |delay: Duration| self.last_bound.is_some_and(|last| now >= last + delay);
         let accepts = |way: Ready| ready == Ready::Any || ready == way;
         if self.said_ready && accepts(Ready::Notify) {
             self.proof = Some("said READY=1".to_owned());

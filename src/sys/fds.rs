@@ -1,28 +1,34 @@
 //! File descriptors that come from outside: by number in the environment, or in a message.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::fcntl::{FcntlArg, fcntl};
 
 /// Takes the fd that an ancestor, or this process before `execve`, announced by number, and sets CLOEXEC on it.
 ///
-/// `None` when no such fd is open. The caller says, by looking at its own environment, that the number was meant for
-/// this process; what the fd is must be checked by the caller too.
+/// `None` when no such fd is open, or when the number has been taken before. The caller says, by looking at its own
+/// environment, that the number was meant for this process; what the fd is must be checked by the caller too.
 pub(crate) fn fd_from_environment(number: RawFd) -> Option<OwnedFd> {
-    if number < 3 {
+    static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if number < 3 || taken.contains(&number) {
         return None;
     }
-    // SAFETY: the number is borrowed for this one fcntl, which reports EBADF if it is not open.
-    let open = unsafe { fcntl(BorrowedFd::borrow_raw(number), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)) };
-    open.ok()?;
+    // SAFETY: three integers go in; of a number that is not open the kernel says EBADF.
+    let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+    Errno::result(result).ok()?;
     // SAFETY: the fd is open, and by the convention of HANDOVER_FD and LISTEN_FDS it was passed for whoever reads the
-    // variable to own; `Handover::start` reads each of them once in a process. So does a supervisor with what it was
-    // before it replaced itself, each number of which was that of an `OwnedFd` of its own.
-    Some(unsafe { OwnedFd::from_raw_fd(number) })
+    // variable to own; or it is that of a supervisor before it replaced itself, where each number was that of an `OwnedFd`
+    // of its own. The variables stay as they are, and whoever reads them again is given nothing: the number may be
+    // somebody else's by now.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    taken.insert(number);
+    Some(fd)
 }
 
 /// One message: a byte of payload and the fds that came with it, all with CLOEXEC.
@@ -142,6 +148,8 @@ impl FdTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::fcntl::FdFlag;
+    use std::os::fd::IntoRawFd;
     use std::os::unix::net::UnixStream;
 
     #[test]
@@ -149,6 +157,20 @@ mod tests {
         assert!(fd_from_environment(2).is_none());
         assert!(fd_from_environment(-1).is_none());
         assert!(fd_from_environment(900_000).is_none());
+    }
+
+    /// `Handover::start` may be called twice, and two owners of one number would close each other's fds.
+    #[test]
+    fn a_number_is_taken_once() {
+        let (_, writer) = std::io::pipe().unwrap();
+        // Such as no other test is given by the kernel.
+        let number = dup_at_least(writer.as_fd(), 700).unwrap().into_raw_fd();
+        let taken = fd_from_environment(number).unwrap();
+        assert_eq!(taken.as_raw_fd(), number);
+        assert!(fd_from_environment(number).is_none());
+        drop(taken);
+        let _another = dup_at_least(writer.as_fd(), number).unwrap();
+        assert!(fd_from_environment(number).is_none());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
@@ -63,20 +64,21 @@ fn check(error: libc::c_int) -> io::Result<()> {
     if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) }
 }
 
-struct FileActions(libc::posix_spawn_file_actions_t);
+/// With the fds that it names by number, which must be open until the spawn.
+struct FileActions<'a>(libc::posix_spawn_file_actions_t, PhantomData<BorrowedFd<'a>>);
 
-impl FileActions {
+impl<'a> FileActions<'a> {
     fn new() -> io::Result<Self> {
         let mut actions = MaybeUninit::uninit();
         // SAFETY: init writes the whole value or reports an error.
         check(unsafe { libc::posix_spawn_file_actions_init(actions.as_mut_ptr()) })?;
         // SAFETY: init succeeded.
-        Ok(Self(unsafe { actions.assume_init() }))
+        Ok(Self(unsafe { actions.assume_init() }, PhantomData))
     }
 
     /// Also right when `fd` has that number already: the action then clears CLOEXEC (glibc 2.29, musl 1.1.24).
-    fn dup2(&mut self, fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
-        // SAFETY: the value was initialised; the fd is open for as long as the borrow, which outlives the spawn.
+    fn dup2(&mut self, fd: BorrowedFd<'a>, number: RawFd) -> io::Result<()> {
+        // SAFETY: the value was initialised; the fd is borrowed for as long as that lives.
         check(unsafe { libc::posix_spawn_file_actions_adddup2(&raw mut self.0, fd.as_raw_fd(), number) })
     }
 
@@ -86,7 +88,7 @@ impl FileActions {
     }
 }
 
-impl Drop for FileActions {
+impl Drop for FileActions<'_> {
     fn drop(&mut self) {
         // SAFETY: the value was initialised and is destroyed once.
         unsafe { libc::posix_spawn_file_actions_destroy(&raw mut self.0) };

@@ -90,6 +90,24 @@ impl StderrTail {
     }
 }
 
+/// Few lines are kept, none of them long or with a control character in it, in whatever pieces they come.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let (pieces, whole) = crate::fuzz::in_pieces(bytes);
+    let (mut tail, mut other) = (Tail::default(), Tail::default());
+    pieces.for_each(|piece| tail.push(piece));
+    other.push(whole);
+    assert_eq!(tail.lines(), other.lines());
+    assert!(tail.lines().len() <= LINES_KEPT);
+    for line in tail.lines() {
+        // What is no UTF-8 takes three bytes each.
+        assert!(
+            line.len() <= 3 * LINE_BYTES_MAX && !line.chars().any(|one| one.is_control() && one != '\t'),
+            "{line:?}"
+        );
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

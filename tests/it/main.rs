@@ -43,6 +43,7 @@ mod restart;
 mod activation;
 mod namespaces;
 mod load;
+mod compat;
 mod exec;
 #[cfg(feature = "fault-points")]
 mod faults;

@@ -67,3 +67,32 @@ fn lines_carry_their_priority_where_stderr_is_the_journal() {
     let text = run(format!("{}:{}", stat.st_dev, stat.st_ino + 1));
     assert!(text.trim_start_matches('\0').starts_with("handover: cannot read the pid file"), "{text:?}");
 }
+
+/// Root asks processes of other users, too (`handover ps`), and any of them may say anything.
+#[test]
+fn what_a_process_says_moves_no_cursor_and_ends_no_command() {
+    let home = crate::home::Home::new();
+    let path = home.path("hostile.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let status = serde_json::json!({
+        "event": "status", "pid": 1, "generation": u64::MAX, "state": "serving", "since_unix_ms": u64::MAX,
+        "version": "\u{1b}[2J", "program": "/a\u{1b}]0;title\u{7}", "name": "\u{9b}2J",
+        "build": {"path": "/a", "device": 1, "inode": 1, "size": 1, "modified_unix_ms": u64::MAX},
+        "listeners": [{"name": "\u{8}x", "kind": "tcp", "address": "a\rb", "cookie": 1, "source": "bound",
+            "waited_on": true}],
+        "connections": {"open": u64::MAX, "accepted": 0}, "draining": [], "handover": "0",
+        "last_upgrade": {"result": "failed", "message": "\u{1b}[1A\u{7f}", "at_unix_ms": u64::MAX},
+    });
+    let server = std::thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        std::io::Write::write_all(&mut client, format!("{status}\n").as_bytes()).unwrap();
+        // Until it has gone.
+        let _ = std::io::Read::read_to_end(&mut client, &mut vec![]);
+    });
+    let mut command = Command::new(HANDOVER);
+    command.args(["status", "--socket", path.to_str().unwrap()]);
+    let run = crate::command::run(command).exits_with(0);
+    server.join().unwrap();
+    assert!(!run.stdout.chars().any(|one| one.is_control() && one != '\n'), "{run:?}");
+    run.says("\u{fffd}[2J").says("a\u{fffd}b");
+}

@@ -62,7 +62,8 @@ impl Place {
         };
         let (root, top) = mounts.lines().find_map(|line| mount(line, controller, version_2))?;
         // Inside of a container the mount may show only a part of the hierarchy.
-        let below = Path::new(path).strip_prefix(root).unwrap_or(Path::new("")).to_path_buf();
+        let below =
+            Path::new(path).strip_prefix(root).ok().filter(|below| below.is_relative()).unwrap_or(Path::new(""));
         let top = PathBuf::from(top);
         Some(Self { group: top.join(below), top, version_2 })
     }
@@ -103,6 +104,18 @@ fn counter(stat: &str, name: &str) -> Option<u64> {
     stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
 }
 
+/// A table of groups and one of mounts, with an empty line between them. What is found is below the mount.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(text: &str) {
+    let (groups, mounts) = text.split_once("\n\n").unwrap_or((text, text));
+    for controller in ["memory", "pids"] {
+        if let Some(place) = Place::find(groups, mounts, controller) {
+            assert!(place.group.starts_with(&place.top), "{place:?}");
+        }
+    }
+    let _ = counter(text, "inactive_file");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,6 +134,9 @@ mod tests {
         let group = "/sys/fs/cgroup/unified/app.slice/app.service";
         assert_eq!((found.group.to_str(), found.version_2), (Some(group), true));
         assert_eq!(Place::find("8:cpu:/\n", MOUNTS, "memory"), None);
+        // No kernel writes such a line: its root is empty.
+        let found = Place::find("0::/app\n", "31 30 0:27  /cgroup rw - cgroup2 cgroup2 rw\n", "memory").unwrap();
+        assert_eq!(found.group, Path::new("/cgroup"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const PT_LOAD: u32 = 1;
 const PT_INTERP: u32 = 3;
 const SEGMENTS_MAX: u16 = 512;
-const PATH_BYTES_MAX: u64 = 4096;
+pub(super) const PATH_BYTES_MAX: u64 = 4096;
 
 /// What sort of file is to be started.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,7 +31,10 @@ pub(super) struct Elf {
 }
 
 pub(super) fn read(path: &Path) -> io::Result<Program> {
-    let file = File::open(path)?;
+    read_file(&File::open(path)?)
+}
+
+pub(super) fn read_file(file: &File) -> io::Result<Program> {
     let mut start = [0; 256];
     let count = file.read_at(&mut start, 0)?;
     let start = start.get(..count).unwrap_or_default();
@@ -40,7 +43,7 @@ pub(super) fn read(path: &Path) -> io::Result<Program> {
         let interpreter = String::from_utf8_lossy(line).split_ascii_whitespace().next().map(PathBuf::from);
         return Ok(interpreter.map_or(Program::Neither, Program::Script));
     }
-    Ok(elf(&file, start).map_or(Program::Neither, Program::Elf))
+    Ok(elf(file, start).map_or(Program::Neither, Program::Elf))
 }
 
 /// Numbers at offsets, in the byte order and the word size of the file.

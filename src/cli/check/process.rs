@@ -115,6 +115,17 @@ fn ask(target: &Target, findings: &mut Findings) -> Option<Process> {
     }
 }
 
+/// All that is made of what a process says of itself.
+#[cfg(any(test, fuzzing))]
+pub(super) fn judge_told(status: &Status, findings: &mut Findings) {
+    let pid = status.pid;
+    judge_state(pid, status, findings);
+    let (listeners, connections) = (status.listeners.len() as u64, status.connections.open as u64);
+    judge_fds(Fds { pid, limit: 1024, open: 10, listeners, connections }, findings);
+    let process = Process { pid, status: Some(status.clone()), proc_status: String::new(), environ: vec![] };
+    super::fuzz::judge_with(&process, findings);
+}
+
 fn judge_state(pid: i32, status: &Status, findings: &mut Findings) {
     let state = status.state;
     match state {
@@ -169,23 +180,24 @@ struct Fds {
 
 fn judge_fds(fds: Fds, findings: &mut Findings) {
     let Fds { pid, limit, open, listeners, connections } = fds;
-    let old = open + FDS_OF_UPGRADE;
-    let new = listeners + FDS_OF_START;
+    let old = open.saturating_add(FDS_OF_UPGRADE);
+    let new = listeners.saturating_add(FDS_OF_START);
+    // The process may say anything of itself; no kernel gives it more than this.
     let mend = |wanted: u64| {
-        let wanted = wanted.max(1024).next_power_of_two();
+        let wanted = wanted.saturating_mul(2).clamp(1024, 1 << 30).next_power_of_two();
         format!("LimitNOFILE={wanted} in the unit; `prlimit --pid {pid} --nofile={wanted}:{wanted}` until then")
     };
     if old > limit {
         let cause = format!("{open} of {limit} fds are open, and an upgrade needs up to {FDS_OF_UPGRADE} more");
-        findings.problem(cause, mend(old * 2));
+        findings.problem(cause, mend(old));
     } else if new > limit {
         let cause = format!("{listeners} listeners do not fit into the {limit} fds that the new process may have");
-        findings.problem(cause, mend(new * 2));
-    } else if connections + new > limit / 5 * 4 {
+        findings.problem(cause, mend(new));
+    } else if connections.saturating_add(new) > limit / 5 * 4 {
         let cause = format!(
             "{limit} fds are few for {listeners} listeners and as many connections as are open now ({connections})"
         );
-        findings.warning(cause, mend((connections + new) * 2));
+        findings.warning(cause, mend(connections.saturating_add(new)));
     } else if limit == u64::MAX {
         findings.ok(format!("{open} fds are open, without a limit"));
     } else {
@@ -319,6 +331,9 @@ mod tests {
         let (level, text) = judge(1024, 900, 1000, 0);
         assert!(level == Level::Problem && text.contains("1000 listeners do not fit"), "{text}");
         assert_eq!(judge(1024, 900, 3, 850).0, Level::Warning);
+        // What a process says of itself may be anything.
+        assert_eq!(judge(1024, 900, u64::MAX, u64::MAX).0, Level::Problem);
+        assert_eq!(judge(u64::MAX, 900, 3, u64::MAX).0, Level::Warning);
     }
 
     #[test]

@@ -62,7 +62,7 @@ impl Unit {
         }
     }
 
-    fn from_file(file: &UnitFile) -> Self {
+    pub(super) fn from_file(file: &UnitFile) -> Self {
         let kind = file.one("Type").unwrap_or(if file.one("BusName").is_some() { "dbus" } else { "simple" });
         let notifies = kind.starts_with("notify") || file.one("WatchdogSec").is_some();
         let span = |name: &str| file.one(name).and_then(time_span);
@@ -88,7 +88,7 @@ impl Unit {
         }
     }
 
-    fn from_properties(properties: &Properties) -> Self {
+    pub(super) fn from_properties(properties: &Properties) -> Self {
         let text = |name| properties.one(name).unwrap_or_default().to_owned();
         let span = |name| properties.one(name).and_then(time_span);
         let lines = |name| properties.all(name).filter_map(ExecLine::of_property).collect();

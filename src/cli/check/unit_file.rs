@@ -32,7 +32,7 @@ impl UnitFile {
         Ok(unit)
     }
 
-    fn parse(&mut self, text: &str) {
+    pub(super) fn parse(&mut self, text: &str) {
         let mut in_service = false;
         for line in joined(text) {
             if let Some(section) = line.strip_prefix('[') {

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use nix::sys::signal::Signal;
 
 use super::{Answer, Client, SILENCE_MAX};
+use crate::control::find::state_of;
 use crate::control::messages::{Outcome, Request, ResultEvent, StageName, UpgradeRequest};
 use crate::error::{Error, ErrorKind};
 use crate::sys;
@@ -61,7 +62,7 @@ impl Client {
     ///
     /// That of `pidfd_send_signal(2)`.
     pub fn resume(&self) -> Result<bool, Error> {
-        let (Some('T'), Some(process)) = (self.state(), &self.process) else { return Ok(false) };
+        let (Some('T'), Some(process)) = (state_of(self.pid()), &self.process) else { return Ok(false) };
         let resumed = sys::pidfd_send_signal(process.as_fd(), Signal::SIGCONT);
         resumed.map(|()| true).map_err(|error| Error::io(format!("let process {} go on", self.pid), error))
     }

@@ -43,7 +43,9 @@ impl Supervisor {
         let Some(call) = worker.interception.as_mut().and_then(|interception| interception.next(events)) else {
             return;
         };
-        worker.last_call = Some(Instant::now());
+        if matches!(call.number, Some(libc::SYS_bind | libc::SYS_listen)) {
+            worker.last_bound = Some(Instant::now());
+        }
         self.answer_call(id, call);
     }
 

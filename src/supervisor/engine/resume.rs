@@ -209,13 +209,15 @@ fn read(state: OwnedFd) -> Result<Resumed, String> {
 
 /// The supervisor that this process was before it executed this build, if it was.
 pub(in crate::supervisor) fn resumed() -> Option<Result<Supervisor, Error>> {
-    let value = env::var(STATE_VARIABLE).ok()?;
-    let (pid, number) = value.split_once(':')?;
-    // What a program has from its supervisor's environment says nothing to it.
-    let is_ours = pid.parse() == Ok(std::process::id());
-    let state = number.parse::<RawFd>().ok().filter(|_| is_ours).and_then(sys::fd_from_environment)?;
+    let state = sys::fd_from_environment(number_in(&env::var(STATE_VARIABLE).ok()?)?)?;
     fault::reached("exec: replaced", None);
     Some(Supervisor::resume(state))
+}
+
+/// What a program has from its supervisor's environment says nothing to it.
+fn number_in(variable: &str) -> Option<RawFd> {
+    let (pid, number) = variable.split_once(':')?;
+    number.parse().ok().filter(|_| pid.parse() == Ok(std::process::id()))
 }
 
 /// What the variable says to the next build.
@@ -259,6 +261,14 @@ pub fn rehearse(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCod
     };
     println!("{}", serde_json::to_string(&answer).ok()?);
     Some(if answer.takes_over { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What the build before has left: it is read or refused. No fd is touched.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Ok(state) = HandedState::new(VERSION, bytes).to_memfd() else { return };
+    crate::saved::with_stand_ins(|| drop(read(state)));
+    let _ = number_in(&String::from_utf8_lossy(bytes));
 }
 
 #[cfg(test)]

@@ -412,7 +412,7 @@ fn where_somebody_else_decides_already_it_is_told() {
     let plain = plain();
     let inner = [HANDOVER, "exec", "--", plain.to_str().unwrap(), "poll", "127.0.0.1:0"];
     let mut command = home.command(HANDOVER);
-    command.args(["exec", "--ready-timeout", "500ms", "--"]).args(inner);
+    command.args(["exec", "--"]).args(inner);
     let run = run(command).exits_with(1);
     run.complains("another supervisor or sandbox decides on its system calls already").complains("--listen");
 }

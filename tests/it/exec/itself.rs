@@ -208,6 +208,22 @@ fn deaths_and_signals_around_it_are_seen() {
     // What was killed had connections; what waits in the queue has nothing to fear.
     assert_eq!(load.stop().count(crate::oracle::Outcome::Refused), 0);
     server.assert_supervises(2);
+    // A signal that is sent again and again while it is replaced is never one too many.
+    let before = server.serving().generation;
+    for _ in 0..5 {
+        let pid = server.first_pid().to_string();
+        let mut replacing =
+            crate::command::Running::start(server.handover_command(&["upgrade", "--self", "--pid", &pid]));
+        while !replacing.has_ended() {
+            server.signal(server.first_pid(), Signal::SIGUSR2);
+        }
+        // Refused where the signal was first.
+        assert!(matches!(replacing.finish().code, Some(0 | 3)));
+        server.serving();
+    }
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert!(server.serving().generation > before);
+    server.assert_supervises(2);
 }
 
 #[test]

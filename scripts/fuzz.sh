@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Throws bytes at everything that reads from outside, guided by coverage (libFuzzer under AddressSanitizer).
+#
+# Usage: scripts/fuzz.sh [--seconds N] [--jobs N] [TARGET...]
+#        scripts/fuzz.sh --minimise [TARGET...]
+#        scripts/fuzz.sh --list
+#
+#   --seconds N   for each target [60]
+#   --jobs N      so many targets at the same time [1]
+#   --minimise    writes what has been found worth keeping to tests/data/fuzz, as little of it as covers the same
+#   --list        the targets
+#
+# All targets unless some are named. What is found stays in Cargo's target directory, under fuzz/corpus, and the next run
+# begins with it. Fails when an input makes a target panic, hang for 10 s or take 1 GiB, and names the file that it is in.
+# `cargo test` gives each file of tests/data/fuzz to its target, without any of this.
+#
+# Needs a nightly toolchain and cargo-fuzz: rustup toolchain install nightly; cargo install cargo-fuzz
+set -euo pipefail
+source "$(dirname "$0")/lib.sh"
+
+seconds=60 jobs=1 minimise=no chosen=()
+mapfile -t all < <(find tests/data/fuzz -mindepth 1 -maxdepth 1 -type d -printf '%f\n' | sort)
+while (($#)); do
+    case $1 in
+        --seconds) number "$1" "${2:-}" && seconds=$2 && shift 2 ;;
+        --jobs) number "$1" "${2:-}" && jobs=$2 && shift 2 ;;
+        --minimise) minimise=yes && shift ;;
+        --list) printf '%s\n' "${all[@]}" && exit ;;
+        -h | --help) help ;;
+        *)
+            [[ " ${all[*]} " == *" $1 "* ]] || misused "no target is named \`$1\`: there are ${all[*]}"
+            chosen+=("$1") && shift
+            ;;
+    esac
+done
+((${#chosen[@]})) || chosen=("${all[@]}")
+
+cargo +nightly --version >/dev/null 2>&1 || die "a nightly toolchain is missing: rustup toolchain install nightly"
+cargo fuzz --version >/dev/null 2>&1 || die "cargo-fuzz is missing: cargo install cargo-fuzz"
+
+work="$(target_directory)/fuzz"
+# The directory whose Cargo.toml says that it is of cargo-fuzz.
+cargo +nightly fuzz build --fuzz-dir tests/fuzz --target-dir "$work/build" fuzz
+program=$(find "$work/build" -path '*/release/fuzz' -type f)
+
+# fuzz_one TARGET OPTIONS...
+run_target() {
+    local target=$1
+    shift
+    # A leak that one input makes is looked for with it.
+    HANDOVER_FUZZ=$target "$program" -rss_limit_mb=1024 -timeout=10 -artifact_prefix="$work/found/$target-" "$@"
+}
+
+fuzz_one() {
+    local target=$1 log="$work/log/$1"
+    mkdir -p "$work/corpus/$target"
+    run_target "$target" -max_total_time="$seconds" -print_final_stats=1 \
+        "$work/corpus/$target" "tests/data/fuzz/$target" >"$log" 2>&1 || {
+        printf '%s%-14s found something: %s%s\n' "$red" "$target" "$log" "$plain"
+        grep -m 3 -E 'panicked at|ERROR:|Test unit written' "$log" || true
+        return 1
+    }
+    awk -v target="$target" '
+        / cov: / { for (i = 1; i < NF; i++) { if ($i == "cov:") cov = $(i + 1); if ($i == "ft:") ft = $(i + 1) } }
+        /number_of_executed_units/ { runs = $2 }
+        END { printf "%-14s %12d runs, %6d edges, %6d features\n", target, runs, cov, ft }' "$log"
+}
+
+minimise_one() {
+    local target=$1 kept
+    kept=$(mktemp -d "$work/minimised.XXXXXX")
+    # The seeds first, so that they stay.
+    run_target "$target" -merge=1 "$kept" "tests/data/fuzz/$target" "$work/corpus/$target" >"$work/log/$target.merge" 2>&1 ||
+        die "$target: $(tail -n 3 "$work/log/$target.merge")"
+    rm -f "tests/data/fuzz/$target"/*
+    mv "$kept"/* "tests/data/fuzz/$target/"
+    rmdir "$kept"
+    printf '%-14s %4d files, %7d bytes\n' "$target" "$(find "tests/data/fuzz/$target" -type f | wc -l)" \
+        "$(cat "tests/data/fuzz/$target"/* | wc -c)"
+}
+
+mkdir -p "$work/corpus" "$work/found" "$work/log"
+if [[ $minimise == yes ]]; then
+    for target in "${chosen[@]}"; do minimise_one "$target"; done
+    exit
+fi
+failed=0 running=0
+for target in "${chosen[@]}"; do
+    ((running < jobs)) || { wait -n || failed=1; running=$((running - 1)); }
+    fuzz_one "$target" &
+    running=$((running + 1))
+done
+while ((running-- > 0)); do wait -n || failed=1; done
+((failed == 0)) || die "what was found is in $work/found; a test first, then the mend"
