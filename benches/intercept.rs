@@ -131,30 +131,45 @@ fn requests(scratch: &Scratch) -> Result<()> {
     node.arg(APP);
     let mut exec = scratch.command(&release()?.join("handover"));
     exec.args(["exec", "--", "node", APP]);
-    let (bare, _bare) = start(node)?;
-    let (here, _here) = start(exec)?;
+    let (bare, alone) = start(node)?;
+    let (here, supervised) = start(exec)?;
+    // Its main thread does the work.
+    let pids = [alone.pid()?, *supervised.pids()?.get(1).ok_or("no program runs below handover exec")?];
     println!(
-        "Requests a second of a Node program, {CLIENTS} clients in a closed loop, medians (and the middle half) of {ROUNDS}.\n"
+        "Requests of a Node program, {CLIENTS} clients in a closed loop; {ROUNDS} rounds of each in turns, medians (and the \
+         middle half). The microseconds of its own processor time tell more where other programs run.\n"
     );
     heading(&["", "bare", "under interception", "ratio of the medians"]);
     for (name, is_kept) in [("on kept connections", true), ("a connection for each", false)] {
         let mut rates = [Samples::default(), Samples::default()];
+        let mut costs = [Samples::default(), Samples::default()];
         for round in 0..2 * ROUNDS {
             // Each goes first as often as the other.
             let which = usize::from(round % 4 == 1 || round % 4 == 2);
             let load = Load::new([bare, here][which]);
             let load = if is_kept { load.kept(CLIENTS) } else { load.new_connections(CLIENTS) };
             let running = load.start();
-            let begun = Instant::now();
+            let (begun, worked) = (Instant::now(), processor_time(pids[which])?);
             thread::sleep(ROUND);
             let tally = running.stop();
+            let worked = processor_time(pids[which])?.saturating_sub(worked);
+            costs[which].push(worked.as_secs_f64() * 1e6 / tally.requests() as f64);
             rates[which].push(tally.requests() as f64 / begun.elapsed().as_secs_f64());
         }
-        let ratio = rates[1].median() / rates[0].median();
-        row(&[name, &rates[0].show(), &rates[1].show(), &format!("{ratio:.3}")]);
+        for (what, [bare, here]) in [("a second", &rates), ("µs each", &costs)] {
+            let ratio = here.median() / bare.median();
+            row(&[&format!("{name}, {what}"), &bare.show(), &here.show(), &format!("{ratio:.3}")]);
+        }
     }
     println!();
     Ok(())
+}
+
+/// Of the main thread of a process (proc_pid_schedstat(5)).
+fn processor_time(pid: i32) -> Result<Duration> {
+    let text = fs::read_to_string(format!("/proc/{pid}/schedstat"))?;
+    let nanoseconds = text.split_whitespace().next().ok_or("nothing in schedstat")?;
+    Ok(Duration::from_nanos(nanoseconds.parse()?))
 }
 
 fn release() -> Result<PathBuf> {

@@ -150,11 +150,12 @@ class AnyProgram(unittest.TestCase):
 
     @needs(built("gunicorn/bin/gunicorn"))
     def test_a_path_that_is_bound_after_the_program_was_ready(self) -> None:
-        # gunicorn's control socket: the new build binds it while the old one removes it.
+        # gunicorn's control socket, a moment after READY=1. The old build removes the path when it ends.
         own = ["--control-socket", "@DIR@/control.sock", "--bind", f"127.0.0.1:{free_port()}", "--chdir", HERE, "wsgi"]
-        service = Intercepted(self, [], built("gunicorn/bin/gunicorn"), *own)
+        service = Intercepted(self, ["--trial", "2s"], built("gunicorn/bin/gunicorn"), *own)
         path = os.path.join(service.directory, "control.sock")
-        for _ in range(UPGRADES):
+        wait_for("the path is there", lambda: answers(path))
+        for _ in range(ROUNDS):
             service.upgrade()
             service.wait_until_drained()
             wait_for("the path is there", lambda: answers(path))

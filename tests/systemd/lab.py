@@ -45,10 +45,10 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = PATIENCE_
         time.sleep(0.01)
 
 
-def units_of_page() -> Dict[str, Tuple[str, str]]:
-    """The fenced `ini` blocks of docs/systemd.md by their names: file name and text. A first line
+def units_of_page(name: str = PAGE) -> Dict[str, Tuple[str, str]]:
+    """The fenced `ini` blocks of docs/systemd.md, or of another page, by their names: file name and text. A first line
     `# NAME: FILE` names one."""
-    with open(PAGE, encoding="utf-8") as page:
+    with open(name, encoding="utf-8") as page:
         blocks = re.findall(r"^```ini\n# ([\w-]+): (\S+)\n(.*?)^```$", page.read(), re.MULTILINE | re.DOTALL)
     return {name: (file, text) for name, file, text in blocks}
 
