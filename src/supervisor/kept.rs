@@ -14,7 +14,7 @@ use socket2::SockRef;
 
 use crate::control::ListenerStatus;
 use crate::listeners::{Address, Inherited, identity_of, kind_of};
-use crate::protocol::{Kind, PathIdentity};
+use crate::protocol::{Claims, Kind, PathIdentity};
 use crate::saved::path;
 use crate::sys;
 
@@ -296,14 +296,20 @@ impl Kept {
         })
     }
 
-    /// Where those are that the generation before had too, and those that it had not. From now on none is new.
-    pub(super) fn old_and_new(&mut self) -> (Vec<String>, Vec<String>) {
-        let (mut old, mut new) = (Vec::new(), Vec::new());
+    /// What the generation that serves now has made of them. From now on none is new.
+    pub(super) fn take_stock(&mut self, is_held: impl Fn(u64) -> bool) -> Claims {
+        self.settle();
+        let mut claims = Claims::default();
         for socket in self.sockets.iter_mut().filter(|socket| socket.serves()) {
-            let which = if std::mem::take(&mut socket.is_new) { &mut new } else { &mut old };
+            let is_new = std::mem::take(&mut socket.is_new);
+            let which = match is_held(socket.inode) {
+                true if is_new => &mut claims.added,
+                true => &mut claims.kept,
+                false => &mut claims.unclaimed,
+            };
             which.push(socket.address.to_string());
         }
-        (old, new)
+        claims
     }
 
     /// Takes out those that fail the test.

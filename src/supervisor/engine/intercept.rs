@@ -276,33 +276,43 @@ impl Supervisor {
         self.machine.worker(id).is_some_and(|worker| worker.is_starting())
     }
 
-    /// Closes what no process of the generation that serves has, and says what that was.
-    pub(super) fn close_unwanted(&mut self) -> Vec<String> {
+    /// Inodes of all sockets of the generation that serves. None: not all of it does.
+    fn held_by_all(&self) -> Option<HashSet<u64>> {
         let generation = self.machine.generation();
         let serving = |worker: &crate::supervisor::machine::Worker| worker.generation == generation;
         let serve = self.machine.workers().filter(|(_, worker)| serving(worker));
         let (ids, stages): (Vec<WorkerId>, Vec<Stage>) = serve.map(|(id, worker)| (id, worker.stage)).unzip();
         // One that is started again will ask for them.
         if ids.len() < self.machine.wanted() || stages.iter().any(|stage| *stage != Stage::Ready) {
-            return vec![];
+            return None;
         }
         let pids = ids.iter().filter_map(|id| self.workers.get(id)).map(|worker| worker.pid);
-        let held: HashSet<u64> = pids.flat_map(family::sockets).collect();
-        self.sockets.close_kept(|inode| held.contains(&inode), self.notifier.as_ref())
+        Some(pids.flat_map(family::sockets).collect())
     }
 
-    /// The new generation serves: what it has not asked for is closed. Says what it has kept, added and not asked for.
+    /// Closes what no process of the generation that serves has, and says what that was.
+    pub(super) fn close_unwanted(&mut self) -> Vec<String> {
+        match self.held_by_all() {
+            Some(held) => self.sockets.close_kept(|inode| held.contains(&inode), self.notifier.as_ref()),
+            None => vec![],
+        }
+    }
+
+    /// The new generation serves: says what it has kept, added and not asked for. One that says itself when it is ready may be
+    /// about to ask for more, so the last is closed only after a while.
     pub(super) fn take_stock(&mut self) -> Option<Claims> {
         if !self.options.intercepts() {
             return None;
         }
-        let unclaimed = self.close_unwanted();
-        for address in &unclaimed {
-            log::info!("{address} is listened on no more: the new build has not asked for it");
+        let held = self.held_by_all().unwrap_or_default();
+        let claims = self.sockets.kept.take_stock(|inode| held.contains(&inode));
+        for address in &claims.unclaimed {
+            log::info!(
+                "the new build does not listen on {address}: if it has not in {CLOSED_INTERVAL:?}, that is closed"
+            );
         }
-        let (kept, added) = self.sockets.kept.old_and_new();
         self.look_for_closed_later();
-        Some(Claims { kept, added, unclaimed })
+        Some(claims)
     }
 
     pub(super) fn look_for_closed_later(&mut self) {
@@ -314,7 +324,7 @@ impl Supervisor {
         let begun = Instant::now();
         if self.machine.phase() == Phase::Serving {
             for address in self.close_unwanted() {
-                log::info!("{address} is listened on no more: the program has closed it");
+                log::info!("{address} is closed: the program does not listen there any more");
             }
         }
         self.timers.closed = Some(Instant::now() + CLOSED_INTERVAL.max(CLOSED_COST * begun.elapsed()));

@@ -19,7 +19,7 @@ use crate::home::{HANDOVER, Home};
 use crate::oracle::Load;
 use crate::rights::is_root_or_skip;
 use crate::server::Server;
-use crate::wait::{LONG, eventually};
+use crate::wait::{LONG, eventually, eventually_equal};
 
 /// An address that no other test has, nor another run of them.
 fn own_address() -> SocketAddr {
@@ -286,7 +286,8 @@ fn a_supervisor_that_replaces_itself_goes_on_with_all_of_it() {
         let opened_by = get(address, &format!("/open/{opened}"));
         assert_eq!((opened_by.as_str(), ask(opened, "/").answerer().generation), ("", generation));
         let delay = ["--ready-delay", "100ms", "--wait", "drained"];
-        server.upgrade(&delay).exits_with(0);
+        server.upgrade(&delay).exits_with(0).says(&format!("does not want {opened}"));
+        eventually_equal("what is listened on", &sockets, || server.sockets());
     }
     load.stop().assert_lossless();
     assert_eq!(server.sockets(), sockets);
