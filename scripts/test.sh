@@ -10,7 +10,7 @@
 #   compat   scripts/compat.sh: this build and an earlier one hand over to each other
 #   python   the protocol, played from each side by Python as docs/protocol.md tells it
 #   programs real programs under `handover exec`: in Node (Express, and as for pm2), Python (gunicorn), Go, Java and Perl
-#            (starman), and nginx, HAProxy and redis where they are installed. HANDOVER_UPGRADES=N of each [20; 10 of those
+#            (starman), and Apache httpd, nginx, HAProxy and redis where they are installed. HANDOVER_UPGRADES=N of each [20; 10 of those
 #            that bind their sockets by themselves], HANDOVER_LONG_ROUNDS=N of requests of 15 s [1]
 #   systemd  scripts/systemd-test.sh: the servers under a real systemd, in namespaces of its own
 #   fleet    scripts/fleet-test.sh: roll-outs to several machines with Ansible, in namespaces of their own
@@ -43,7 +43,7 @@ needs() {
             echo python3:python3-venv node:nodejs perl:perl
             # Elsewhere the servers are not installed, since that starts them.
             [[ ${CI:-} != true ]] || echo npm:npm go:golang-go java:default-jdk-headless starman:starman \
-                nginx:nginx-light haproxy:haproxy redis-server:redis-server
+                apache2:apache2-bin nginx:nginx-light haproxy:haproxy redis-server:redis-server
             ;;
         systemd) echo systemctl:systemd python3:python3 unshare:util-linux findmnt:util-linux ;;
         fleet)
@@ -110,7 +110,7 @@ get_programs() {
     CGO_ENABLED=0 go build -o "$programs/served" tests/programs/served.go || true
     { python3 -m venv "$programs/gunicorn" &&
         "$programs/gunicorn/bin/pip" install --quiet --disable-pip-version-check gunicorn==27.0.1; } || true
-    npm install --prefix "$programs" --no-audit --no-fund --loglevel error express@5.3.0 || true
+    npm install --prefix "$programs" --no-audit --no-fund --loglevel error express@5.3.0 pm2@7.0.4 || true
 }
 
 run() {
@@ -142,8 +142,18 @@ run() {
         programs)
             cargo build --all-features --examples --bins
             get_programs
-            PYTHONDONTWRITEBYTECODE=1 HANDOVER_PROGRAMS=$programs HANDOVER_BIN="$(target_directory)/debug" \
-                python3 -m unittest discover --verbose tests/programs
+            HANDOVER_BIN=$(target_directory)/debug
+            export PYTHONDONTWRITEBYTECODE=1 HANDOVER_PROGRAMS=$programs HANDOVER_BIN
+            # Two at a time: they wait most of the time, for programs that start or drain.
+            local binding others result=0
+            (cd tests/programs && python3 -m unittest --verbose test_any test_redis test_take_over) >"$programs/binding.log" 2>&1 &
+            binding=$!
+            others=$(cd tests/programs && printf '%s\n' test_*.py | sed 's/\.py$//' | grep -v '^test_\(any\|redis\|take_over\)$')
+            # shellcheck disable=SC2086
+            (cd tests/programs && python3 -m unittest --verbose $others) || result=1
+            wait "$binding" || result=1
+            cat "$programs/binding.log"
+            return "$result"
             ;;
         systemd) scripts/systemd-test.sh ;;
         fleet) scripts/fleet-test.sh ;;

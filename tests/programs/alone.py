@@ -97,7 +97,10 @@ class Restarted:
     def _start(self) -> None:
         self._generation += 1
         env = {**os.environ, "HANDOVER_GENERATION": str(self._generation), "HANDOVER_WORKER": "0"}
-        self.process = subprocess.Popen(self.program, env=env, stdout=self._log, stderr=self._log)
+        # Apache httpd ends its whole process group.
+        self.process = subprocess.Popen(
+            self.program, env=env, stdout=self._log, stderr=self._log, start_new_session=True
+        )
         wait_for(f"{self.program} answers", self._answers)
 
     def _answers(self) -> bool:

@@ -16,7 +16,7 @@ from lab import HERE, Intercepted, Oracle, built, connect, free_port, needs, pro
 
 UPGRADES = int(os.environ.get("HANDOVER_UPGRADES", "10"))
 # Of what is compared, each alone and with us.
-ROUNDS = max(UPGRADES // 2, 2)
+ROUNDS = max(UPGRADES // 3, 2)
 # Not as much as the machine can do, because that would only slow the programs' own start.
 NEW = ("--new", "4", "--rate", "300")
 # Each client connects again as soon as it has its answer.
@@ -193,6 +193,13 @@ class AnyProgram(unittest.TestCase):
         options = ["--stop-signal", "QUIT"]
         service = Intercepted(self, options, program("debian-nginx.sh"), "@DIR@", "unix:@DIR@/http.sock")
         self.loses_nothing(service, *AT_ONCE)
+
+    @needs("apache2")
+    @unittest.skipUnless(os.geteuid() == 0, "only root may give its processes another user")
+    def test_apache(self) -> None:
+        service = Intercepted(self, ["--stop-signal", "WINCH"], program("apache.sh"), "@DIR@", str(free_port()))
+        self.loses_nothing(service, *NEW)
+        self.compared("WINCH", [], program("apache.sh"), "@DIR@", "@PORT@")
 
     @needs("java")
     def test_java(self) -> None:

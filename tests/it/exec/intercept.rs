@@ -586,6 +586,75 @@ fn a_program_that_guards_itself_is_given_its_socket_too() {
     assert_eq!(server.sockets(), sockets);
 }
 
+/// Threads that start programs (by `vfork`, as Python does) while others bind.
+const STARTS_PROGRAMS: &str = r#"
+import select, signal, socket, subprocess, sys, threading
+host, port = sys.argv[1].split(":")
+is_over = threading.Event()
+def start():
+    while not is_over.is_set():
+        subprocess.run(["true"])
+threads = [threading.Thread(target=start) for _ in range(2)]
+for thread in threads:
+    thread.start()
+listeners = [socket.create_server((host, int(port) + number)) for number in range(50)]
+is_over.set()
+for thread in threads:
+    thread.join()
+poll = select.epoll()
+for listener in listeners:
+    poll.register(listener, select.EPOLLIN)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+while True:
+    poll.poll()
+"#;
+
+#[test]
+fn a_program_that_starts_others_while_it_binds() {
+    let address = own_address().to_string();
+    let server = python(Home::new(), &[], STARTS_PROGRAMS, &[&address]);
+    let sockets = server.sockets();
+    assert_eq!(sockets.len(), 50);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(server.sockets(), sockets);
+}
+
+/// Binds by the 32-bit interface of the kernel, `int 0x80`.
+#[cfg(target_arch = "x86_64")]
+const OF_32_BITS: &str = r#"
+import ctypes, mmap, signal, socket, struct, sys
+MAP_32BIT = 0x40
+memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_32BIT, prot=7)
+host, port = sys.argv[1].split(":")
+address = struct.pack("=H", socket.AF_INET) + struct.pack("!H", int(port)) + socket.inet_aton(host) + bytes(8)
+# push rbx; mov eax, edi; mov ebx, esi; xchg ecx, edx; int 0x80; pop rbx; ret
+code = bytes.fromhex("5389f889f387d1cd805bc3")
+memory[:len(code)] = code
+memory[1024:1024 + len(address)] = address
+base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_int)(base)
+listener = socket.socket()
+BIND = 361
+result = call(BIND, listener.fileno(), base + 1024, len(address))
+if result != 0:
+    sys.exit(f"bind: {result}")
+listener.listen()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+while True:
+    listener.accept()
+"#;
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_32_bit_call_is_passed_by_with_a_warning() {
+    let address = own_address().to_string();
+    let server = python(Home::new(), &[], OF_32_BITS, &[&address]);
+    assert!(server.home.log().contains("runs a 32-bit program: what it listens on is not kept for its next build"));
+    // EADDRINUSE: nothing was put in the place of its socket.
+    server.upgrade(&[]).exits_with(1).complains("bind: -98");
+    assert_eq!(server.serving().generation, 1);
+}
+
 const IN_CHROOT: &str = r#"
 import os, socket, sys
 os.chroot(sys.argv[1])
