@@ -141,12 +141,21 @@ wrk_once() {
 }
 
 # h2load_once OPTIONS...
+#
+# A client of h2load that connects again at the very end of the time does not notice that it is over, and goes on for ever
+# (nghttp2 1.52). Such a run is ended and made again; what it has asked is not counted.
 h2load_once() {
-    local report
-    report=$(h2load --clients 16 "$@" "http://$address/")
+    local report runs=0 status=0
+    while
+        clients=$((clients + 16)) status=0
+        report=$(timeout --kill-after 5 30 h2load --clients 16 "$@" "http://$address/") || status=$?
+        ((status == 124))
+    do
+        ((++runs < 3)) || die "h2load $*: does not end"
+    done
     [[ $report =~ ([0-9]+)\ succeeded,\ 0\ failed,\ 0\ errored,\ 0\ timeout && ${BASH_REMATCH[1]} -gt 0 ]] ||
         die "h2load $*: requests were lost: $report"
-    requests=$((requests + BASH_REMATCH[1])) clients=$((clients + 16))
+    requests=$((requests + BASH_REMATCH[1]))
 }
 
 # with_loader WHAT COMMAND...
