@@ -28,6 +28,8 @@ pub const TARGETS: &[Target] = &[
     #[cfg(feature = "cli")]
     ("saved-state", crate::supervisor::fuzz::saved_state),
     ("sock-diag", crate::sock_diag::fuzz),
+    #[cfg(feature = "cli")]
+    ("socket-addresses", crate::supervisor::fuzz::socket_addresses),
     ("stderr", crate::upgrade::stderr::fuzz),
     ("streams", crate::channel::fuzz_stream),
     ("unix-sockets", crate::control::fuzz::unix_sockets),

@@ -44,6 +44,7 @@ pub use trampoline::run_worker;
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz {
+    pub(crate) use super::caller::fuzz as socket_addresses;
     pub(crate) use super::conversation::fuzz as conversation;
     pub(crate) use super::engine::fuzz as saved_state;
     pub(crate) use super::node_channel::fuzz as node_messages;

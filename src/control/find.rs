@@ -99,7 +99,7 @@ fn is_zombie(pid: i32) -> bool {
 }
 
 /// What a process is doing, by a letter; `T` when it is stopped by a signal, `t` by a debugger.
-pub(super) fn state_of(pid: i32) -> Option<char> {
+pub(crate) fn state_of(pid: i32) -> Option<char> {
     state_in(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 

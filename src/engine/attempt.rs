@@ -1,6 +1,5 @@
 //! One upgrade as the old process sees it: the new process, the channel to it, who asked, and how it is told.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::Sender;
@@ -15,6 +14,7 @@ use nix::unistd::Pid;
 use crate::channel::Channel;
 use crate::control::messages::{ResultEvent, UpgradeRequest, Wait};
 use crate::control::server::ClientId;
+use crate::control::state_of;
 use crate::protocol::{Claims, OfferedListener};
 use crate::sys;
 use crate::upgrade::stderr::StderrTail;
@@ -183,8 +183,7 @@ impl Process {
 
 /// Whether a process is stopped, by SIGSTOP or a terminal.
 pub(crate) fn stands_still(pid: Pid) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('T'))
+    state_of(pid.as_raw()) == Some('T')
 }
 
 /// How a process ended, if it has.

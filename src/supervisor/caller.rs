@@ -151,6 +151,14 @@ fn read_address(bytes: &[u8]) -> Option<Address> {
     }
 }
 
+/// A `sockaddr` that a program passes.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Some(Address::Path(path)) = read_address(bytes) {
+        assert!(!path.as_os_str().is_empty() && !path.as_os_str().as_bytes().contains(&0));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -353,9 +353,7 @@ impl Supervisor {
             self.workers.iter().flat_map(|(id, worker)| worker.outputs().map(|one| (Source::Output(*id), one)));
         let outputs = outputs.chain(self.leftovers.iter().map(|output| (Source::Leftover, output)));
         let server = self.taken_over.iter().filter(|server| server.is_told);
-        all.extend(
-            server.flat_map(|server| server.fds().chain(server.watched())).map(|fd| (Source::TakenOver, reads(fd))),
-        );
+        all.extend(server.flat_map(|server| server.fds()).map(|fd| (Source::TakenOver, reads(fd))));
         if let Some(replacement) = &self.replacement {
             all.extend(replacement.fds().map(|fd| (Source::Rehearsal, reads(fd))));
         }
@@ -444,7 +442,7 @@ impl Supervisor {
             self.say_alive();
         }
         if passed(&mut self.timers.taken_over, now) {
-            self.count_of_server();
+            self.cut_server();
         }
         if passed(&mut self.timers.closed, now) {
             self.look_for_closed();

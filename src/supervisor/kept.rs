@@ -32,7 +32,7 @@ pub(super) struct Kept {
     sockets: Vec<KeptSocket>,
     /// Names that were given.
     count: u64,
-    /// Sockets, by their cookies, that were bound to any port. Whether they listen is not known yet.
+    /// Sockets, by their inodes, that were bound to any port. Whether they listen is not known yet.
     of_any_port: Vec<u64>,
 }
 
@@ -164,18 +164,18 @@ impl Kept {
     }
 
     /// The program is about to bind it to whatever port is free.
-    pub(super) fn expect_any_port(&mut self, cookie: u64) {
+    pub(super) fn expect_any_port(&mut self, inode: u64) {
         // What is never listened on would be remembered for ever.
         const REMEMBERED_MAX: usize = 256;
         if self.of_any_port.len() >= REMEMBERED_MAX {
             self.of_any_port.remove(0);
         }
-        self.of_any_port.push(cookie);
+        self.of_any_port.push(inode);
     }
 
     /// Whether the socket was bound to any port, and does not listen yet. It is asked once.
-    pub(super) fn take_any_port(&mut self, cookie: u64) -> bool {
-        let place = self.of_any_port.iter().position(|one| *one == cookie);
+    pub(super) fn take_any_port(&mut self, inode: u64) -> bool {
+        let place = self.of_any_port.iter().position(|one| *one == inode);
         place.map(|place| self.of_any_port.remove(place)).is_some()
     }
 
@@ -193,10 +193,6 @@ impl Kept {
 
     pub(super) fn has(&self, inode: u64) -> bool {
         self.sockets.iter().any(|socket| socket.inode == inode)
-    }
-
-    pub(super) fn is_kept(&self, cookie: u64) -> bool {
-        self.sockets.iter().any(|socket| socket.cookie == cookie)
     }
 
     /// What is bound to that address and not held yet by the worker that asks.
@@ -387,7 +383,8 @@ pub(super) struct SavedKept {
     fd: RawFd,
 }
 
-fn inode_of(socket: BorrowedFd<'_>) -> io::Result<u64> {
+/// By which a socket is known in `/proc`.
+pub(super) fn inode_of(socket: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(nix::sys::stat::fstat(socket)?.st_ino)
 }
 

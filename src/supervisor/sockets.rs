@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
-use super::kept::{Kept, KeptSocket, SavedKept};
+use super::kept::{Kept, KeptSocket, SavedKept, inode_of};
 use super::listen::Listen;
 use super::seen::Watched;
 use crate::control::ListenerStatus;
@@ -108,7 +108,7 @@ impl Sockets {
     }
 
     pub(super) fn has(&self, inode: u64) -> bool {
-        self.kept.has(inode) || self.entries().any(|entry| inode_of(entry) == Some(inode))
+        self.kept.has(inode) || self.fds().iter().any(|fd| inode_of(fd.as_fd()).is_ok_and(|one| one == inode))
     }
 
     /// The same, once it was looked what has become of those that were being bound.
@@ -120,7 +120,8 @@ impl Sockets {
     /// What a program is to be seen to wait on.
     pub(super) fn watched(&self) -> Vec<Watched> {
         let watched = |entry: &Entry| {
-            Some(Watched { name: entry.name.clone(), inode: inode_of(entry)?, address: entry.address.clone() })
+            let inode = inode_of(entry.socket.fd()?.as_fd()).ok()?;
+            Some(Watched { name: entry.name.clone(), inode, address: entry.address.clone() })
         };
         self.entries().filter_map(watched).chain(self.kept.watched()).collect()
     }
@@ -246,11 +247,6 @@ impl SavedSocket {
             fd,
         })
     }
-}
-
-fn inode_of(entry: &Entry) -> Option<u64> {
-    let stat: io::Result<_> = nix::sys::stat::fstat(entry.socket.fd()?).map_err(io::Error::from);
-    stat.ok().map(|stat| stat.st_ino)
 }
 
 fn family(address: &Address) -> &'static str {

@@ -9,7 +9,6 @@ use std::time::Instant;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
 use super::caller::Caller;
@@ -18,22 +17,15 @@ use super::listen::Listen;
 use crate::error::{Error, ErrorKind};
 use crate::listeners::{Address, identity_of, kind_of};
 use crate::protocol::{Kind, PathIdentity};
-use crate::{saved, sys};
+use crate::sys;
 
 /// The server, until it has ended.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug)]
 pub(super) struct TakenOver {
-    #[serde(with = "saved::pid")]
     pub(super) pid: Pid,
-    #[serde(with = "saved::fd")]
     process: OwnedFd,
-    /// Told to stop; None: not yet, or it may take for ever.
-    #[serde(with = "saved::moment::option")]
-    pub(super) deadline: Option<Instant>,
+    /// To stop.
     pub(super) is_told: bool,
-    /// Connections that it had when it was last counted.
-    pub(super) open: usize,
-    #[serde(skip)]
     guards: Vec<Guard>,
 }
 
@@ -77,17 +69,13 @@ impl TakenOver {
             return Err(error.mend("`ss -lnp` shows which process listens where"));
         }
         let guards = vec![];
-        let server = Self { pid, process, deadline: None, is_told: false, open: 0, guards };
+        let server = Self { pid, process, is_told: false, guards };
         Ok((server, found.into_iter().map(|(_, taken)| taken).collect()))
     }
 
+    /// That something has become of it: its end, or what it removes.
     pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(self.process.as_fd())
-    }
-
-    /// Of the directories of its paths.
-    pub(super) fn watched(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.guards.iter().map(|guard| guard.watch.as_fd())
+        std::iter::once(self.process.as_fd()).chain(self.guards.iter().map(|guard| guard.watch.as_fd()))
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -95,12 +83,7 @@ impl TakenOver {
     }
 
     /// Tells it to stop. Most servers remove their paths then, which belong to the new one by now.
-    pub(super) fn tell_to_stop(
-        &mut self,
-        signal: Signal,
-        deadline: Option<Instant>,
-        paths: Vec<(PathBuf, PathIdentity)>,
-    ) {
+    pub(super) fn tell_to_stop(&mut self, signal: Signal, paths: Vec<(PathBuf, PathIdentity)>) {
         for (path, identity) in paths {
             match Guard::new(path.clone(), identity) {
                 Ok(guard) => self.guards.push(guard),
@@ -108,7 +91,6 @@ impl TakenOver {
             }
         }
         self.is_told = true;
-        self.deadline = deadline;
         // ESRCH: it has just ended.
         let _ = sys::pidfd_send_signal(self.process.as_fd(), signal);
     }
@@ -119,13 +101,12 @@ impl TakenOver {
     }
 
     /// With everything that it has started.
-    pub(super) fn kill(&mut self) {
+    pub(super) fn kill(&self) {
         let family = family::of(self.pid);
         let _ = sys::pidfd_send_signal(self.process.as_fd(), Signal::SIGKILL);
         for pid in family.into_iter().filter(|pid| *pid != self.pid) {
             let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
         }
-        self.deadline = None;
     }
 }
 
@@ -150,7 +131,7 @@ fn listening(pid: Pid, known: &mut HashSet<u64>) -> io::Result<Vec<(Kind, Taken)
         let Ok(address) = Address::of(fd.as_fd()) else { continue };
         let serves = match kind {
             Kind::Tcp | Kind::Unix => socket.is_listener()?,
-            Kind::Udp | Kind::UnixDatagram => socket.peer_addr().is_err(),
+            Kind::Udp | Kind::UnixDatagram => socket.peer_addr().is_err() && !was_bound_by_kernel(&address),
         };
         if serves {
             known.insert(inode);
@@ -162,6 +143,20 @@ fn listening(pid: Pid, known: &mut HashSet<u64>) -> io::Result<Vec<(Kind, Taken)
         }
     }
     Ok(found)
+}
+
+/// As the socket of a client is when it sends for the first time: ip(7), unix(7). So may be one of a server that asked for any
+/// port, but nobody could find that by its address again.
+fn was_bound_by_kernel(address: &Address) -> bool {
+    match address {
+        Address::Ip(ip) => {
+            let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+            let mut range = range.split_ascii_whitespace().filter_map(|port| port.parse::<u16>().ok());
+            range.next().zip(range.next()).is_some_and(|(first, last)| (first..=last).contains(&ip.port()))
+        }
+        Address::Abstract(name) => name.len() == 5 && name.iter().all(u8::is_ascii_hexdigit),
+        Address::Path(_) => false,
+    }
 }
 
 /// Keeps a path that a process removes which cannot be stopped from it: a second link to the socket stands beside it.

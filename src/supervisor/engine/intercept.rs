@@ -16,7 +16,7 @@ use crate::listeners::{Address, kind_of};
 use crate::protocol::{Claims, Kind};
 use crate::supervisor::caller::Caller;
 use crate::supervisor::family;
-use crate::supervisor::kept::{Found, carry_options_over};
+use crate::supervisor::kept::{Found, carry_options_over, inode_of};
 use crate::supervisor::machine::{Phase, Stage, WorkerId};
 use crate::sys::Notification;
 
@@ -142,15 +142,15 @@ impl Supervisor {
     ) -> io::Result<Answer> {
         let own = caller.fd(number)?;
         let Some(kind) = kind_of(own.as_fd())? else { return Ok(Answer::Pass) };
-        let cookie = SockRef::from(&own).cookie()?;
-        if self.sockets.kept.is_kept(cookie) {
+        let inode = inode_of(own.as_fd())?;
+        if self.sockets.kept.has(inode) {
             // A signal has interrupted the call, and it is made again; unless it is not bound yet.
             let is_bound = Address::of(own.as_fd()).is_ok_and(|bound| !is_any_port(&bound));
             return Ok(if is_bound { Answer::Done } else { Answer::Pass });
         }
         if is_any_port(&address) {
             if kind == Kind::Tcp {
-                self.sockets.kept.expect_any_port(cookie);
+                self.sockets.kept.expect_any_port(inode);
             }
             return Ok(Answer::Pass);
         }
@@ -196,10 +196,9 @@ impl Supervisor {
             log::warn!("process {} listens on a socket of a kind that is not kept for its next build", caller.pid);
             return Ok(Answer::Pass);
         };
-        let socket = SockRef::from(&own);
-        let cookie = socket.cookie()?;
-        let any_port = self.sockets.kept.take_any_port(cookie);
-        if self.sockets.kept.is_kept(cookie) || socket.is_listener()? {
+        let inode = inode_of(own.as_fd())?;
+        let any_port = self.sockets.kept.take_any_port(inode);
+        if self.sockets.kept.has(inode) || SockRef::from(&own).is_listener()? {
             // The kernel sets the length of the queue that is asked for now.
             return Ok(Answer::Pass);
         }
@@ -364,7 +363,7 @@ fn replace(
     own: BorrowedFd<'_>,
     by: BorrowedFd<'_>,
 ) -> io::Result<()> {
-    let mut numbers = caller.numbers_of(nix::sys::stat::fstat(own)?.st_ino).into_iter();
+    let mut numbers = caller.numbers_of(inode_of(own)?).into_iter();
     numbers.try_for_each(|(number, cloexec)| call.replace_fd(filter, by, number, cloexec))
 }
 

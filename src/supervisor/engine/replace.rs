@@ -87,7 +87,10 @@ impl Replacement {
 impl Supervisor {
     pub(super) fn replace_self(&mut self, client: ClientId, request: &UpgradeRequest) {
         let refusal = self.machine.refusal().map(|refusal| self.words_for_refusal(refusal));
-        let busy = refusal.or_else(|| self.is_busy().then(|| "another request is being worked on".to_owned()));
+        let server =
+            self.taken_over.as_ref().map(|server| format!("process {}, which is taken over, still drains", server.pid));
+        let busy = refusal.or(server);
+        let busy = busy.or_else(|| self.is_busy().then(|| "another request is being worked on".to_owned()));
         if let Some(message) = busy {
             return self.finish_with(client, ResultEvent::new(Outcome::Busy, message));
         }

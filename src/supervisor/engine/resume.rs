@@ -34,7 +34,6 @@ use crate::supervisor::machine::{Machine, WorkerId};
 use crate::supervisor::options::Options;
 use crate::supervisor::output::Output;
 use crate::supervisor::sockets::{SavedSocket, Sockets};
-use crate::supervisor::take_over::TakenOver;
 use crate::supervisor::worker::Worker;
 use crate::sys;
 use crate::upgrade::spawn::Started;
@@ -55,7 +54,6 @@ struct Saved<'a> {
     machine: &'a Machine,
     sockets: Vec<SavedSocket>,
     kept: Vec<SavedKept>,
-    taken_over: &'a Option<TakenOver>,
     workers: &'a BTreeMap<WorkerId, Worker>,
     leftovers: &'a [Output],
     recipe: &'a Recipe,
@@ -78,7 +76,6 @@ struct Resumed {
     machine: Machine,
     sockets: Vec<SavedSocket>,
     kept: Vec<SavedKept>,
-    taken_over: Option<TakenOver>,
     workers: BTreeMap<WorkerId, Worker>,
     leftovers: Vec<Output>,
     recipe: Recipe,
@@ -104,7 +101,6 @@ impl Supervisor {
             machine: &self.machine,
             sockets: self.sockets.saved(),
             kept: self.sockets.kept.saved(),
-            taken_over: &self.taken_over,
             workers: &self.workers,
             leftovers: &self.leftovers,
             recipe: &self.recipe,
@@ -128,8 +124,7 @@ impl Supervisor {
         let of_workers = self.workers.values().flat_map(Worker::fds);
         let of_leftovers = self.leftovers.iter().filter_map(Output::fd);
         let listeners = listeners.iter().map(AsFd::as_fd).chain(self.sockets.kept.saved_fds());
-        let of_server = self.taken_over.iter().flat_map(TakenOver::fds);
-        let fds = listeners.chain(of_server).chain(self.server.fds()).chain(of_workers).chain(of_leftovers);
+        let fds = listeners.chain(self.server.fds()).chain(of_workers).chain(of_leftovers);
         use_them(&fds.chain([memfd.as_fd()]).collect::<Vec<_>>())
     }
 
@@ -155,7 +150,6 @@ impl Supervisor {
             children,
         });
         supervisor.workers = resumed.workers;
-        supervisor.taken_over = resumed.taken_over;
         supervisor.leftovers = resumed.leftovers;
         supervisor.committed = resumed.committed;
         supervisor.previous = resumed.previous;
@@ -176,7 +170,6 @@ impl Supervisor {
             self.schedule_alive();
         }
         self.look_for_closed_later();
-        self.timers.taken_over = self.taken_over.as_ref().map(|_| Instant::now());
         self.tell_manager_of_service();
         self.tell_of_replacement(replaced);
         // Whoever has ended meanwhile has sent its signal to nobody.

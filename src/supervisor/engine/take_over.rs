@@ -1,7 +1,7 @@
 //! The end of a server that this one's program has replaced: told to stop when the program serves, and never before; unless
 //! the two may not run at the same time.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::Supervisor;
 use crate::error::Error;
@@ -9,9 +9,6 @@ use crate::supervisor::connections;
 use crate::supervisor::machine::Phase;
 use crate::supervisor::sockets::Sockets;
 use crate::supervisor::take_over::TakenOver;
-
-/// Between two counts of what it has open.
-const COUNT_INTERVAL: Duration = Duration::from_millis(100);
 
 impl Supervisor {
     /// Finds the server, and keeps what it listens on.
@@ -31,12 +28,10 @@ impl Supervisor {
     pub(super) fn tell_server_to_stop(&mut self) {
         let Some(server) = self.taken_over.as_mut().filter(|server| !server.is_told) else { return };
         let open = connections::open(&[server.pid], &self.sockets.addresses()).first().copied().unwrap_or(0);
-        let deadline = Some(self.options.drain_timeout).filter(|timeout| !timeout.is_zero());
-        let signal = self.options.stop_signal;
+        let (signal, timeout) = (self.options.stop_signal, self.options.drain_timeout);
         log::info!("process {} is told to stop by {signal}: it has {open} connections open", server.pid);
-        server.open = open;
-        server.tell_to_stop(signal.0, deadline.map(|timeout| Instant::now() + timeout), self.sockets.kept.paths());
-        self.timers.taken_over = Some(Instant::now() + COUNT_INTERVAL);
+        server.tell_to_stop(signal.0, self.sockets.kept.paths());
+        self.timers.taken_over = (!timeout.is_zero()).then(|| Instant::now() + timeout);
     }
 
     /// Looks at what has become of it.
@@ -53,20 +48,13 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn count_of_server(&mut self) {
-        let Some(server) = self.taken_over.as_mut() else { return };
-        let begun = Instant::now();
-        server.open = connections::open(&[server.pid], &self.sockets.addresses()).first().copied().unwrap_or(0);
-        if server.deadline.is_some_and(|deadline| deadline <= begun) {
-            let open = server.open;
-            log::warn!(
-                "process {} was told to stop and has not ended: it is killed, with {open} connections",
-                server.pid
-            );
-            server.kill();
-            self.cut += open;
-        }
-        self.timers.taken_over = Some(Instant::now() + COUNT_INTERVAL.max(10 * begun.elapsed()));
+    /// Its drain timeout is over.
+    pub(super) fn cut_server(&mut self) {
+        let Some(server) = &self.taken_over else { return };
+        let open = connections::open(&[server.pid], &self.sockets.addresses()).first().copied().unwrap_or(0);
+        log::warn!("process {} was told to stop and has not ended: it is killed, with {open} connections", server.pid);
+        server.kill();
+        self.cut += open;
     }
 
     /// The program does not serve: the server goes on as if nothing had happened, with all that it has.
