@@ -3,20 +3,14 @@
 use std::fs;
 
 use crate::server::{Server, fds_of};
-use crate::wait::{LONG, eventually};
+use crate::wait::eventually;
 
 #[test]
 fn ten_upgrades_lose_nothing() {
     let server = Server::http();
     let cookie = server.serving().listeners[0].cookie;
     let load = server.load().new_connections(6).kept(6).slow(2, 1.0).stream(1).monotonic().start();
-    for generation in 2..=11 {
-        load.wait_for_more(50, LONG).unwrap();
-        server.upgrade(&["--trial", "50ms"]).exits_with(0);
-        load.wait_for_generation(generation, LONG).unwrap();
-        // At most four may drain, and slow requests take their time.
-        eventually("room for one more", || (server.serving().draining.len() < 4).then_some(()));
-    }
+    server.upgrade_again_and_again(10, "50ms", &load);
     let tally = load.stop();
     tally.assert_lossless();
     assert_eq!(tally.generations().len(), 11, "{tally}");
@@ -30,12 +24,7 @@ fn ten_upgrades_lose_nothing() {
 fn a_trial_of_no_time_is_no_trap() {
     let server = Server::http();
     let load = server.load().new_connections(6).start();
-    for generation in 2..=11 {
-        load.wait_for_more(20, LONG).unwrap();
-        server.upgrade(&["--trial", "0s"]).exits_with(0);
-        load.wait_for_generation(generation, LONG).unwrap();
-        eventually("room for one more", || (server.serving().draining.len() < 4).then_some(()));
-    }
+    server.upgrade_again_and_again(10, "0s", &load);
     load.stop().assert_lossless();
 }
 
@@ -43,11 +32,7 @@ fn a_trial_of_no_time_is_no_trap() {
 fn kept_connections_in_a_closed_loop_lose_nothing() {
     let server = Server::http();
     let load = crate::oracle::Load::new(server.address()).kept(16).start();
-    for generation in 2..=21 {
-        server.upgrade(&["--trial", "20ms"]).exits_with(0);
-        load.wait_for_generation(generation, LONG).unwrap();
-        eventually("room for one more", || (server.serving().draining.len() < 4).then_some(()));
-    }
+    server.upgrade_again_and_again(20, "20ms", &load);
     load.stop().assert_lossless();
 }
 

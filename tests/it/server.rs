@@ -12,7 +12,7 @@ use crate::client::get;
 use crate::command::{Run, Running, run};
 use crate::home::{HANDOVER, Home};
 use crate::oracle::{Answer, Load};
-use crate::wait::{eventually, eventually_equal};
+use crate::wait::{LONG, eventually, eventually_equal};
 
 /// Times that suit a test: no trial of a second, no lingering of five.
 pub(crate) const SOON: [&str; 4] = ["--trial", "200ms", "--linger", "200ms"];
@@ -156,6 +156,19 @@ impl Server {
     pub(crate) fn begin_upgrade(&self, arguments: &[&str]) -> Running {
         let pid = self.pid().to_string();
         Running::start(self.handover_command(&[&["upgrade", "--pid", &pid], arguments].concat()))
+    }
+
+    /// So many upgrades under load, with that trial, until the last build has answered.
+    #[track_caller]
+    pub(crate) fn upgrade_again_and_again(&self, times: u32, trial: &str, load: &crate::oracle::Running) {
+        // As many as may drain at a time, and slow requests take theirs.
+        const DRAINING_MAX: usize = 4;
+        for generation in (2..).take(times as usize) {
+            load.wait_for_more(20, LONG).unwrap();
+            self.upgrade(&["--trial", trial]).exits_with(0);
+            load.wait_for_generation(generation, LONG).unwrap();
+            eventually("room for one more", || (self.serving().draining.len() < DRAINING_MAX).then_some(()));
+        }
     }
 
     /// `handover restart` of the process that serves.

@@ -30,12 +30,7 @@ fn ten_upgrades_of_two_workers_lose_nothing() {
     let server = exec(&["--workers", "2"]);
     let cookie = server.serving().listeners[0].cookie;
     let load = server.load().new_connections(6).kept(6).slow(2, 1.0).start();
-    for generation in 2..=11 {
-        load.wait_for_more(50, LONG).unwrap();
-        server.upgrade(&["--trial", "20ms"]).exits_with(0);
-        load.wait_for_generation(generation, LONG).unwrap();
-        eventually("room for one more", || (server.serving().draining.len() < 4).then_some(()));
-    }
+    server.upgrade_again_and_again(10, "20ms", &load);
     let tally = load.stop();
     tally.assert_lossless();
     assert_eq!(tally.generations().len(), 11, "{tally}");

@@ -1,0 +1,209 @@
+//! Programs that do not make it easy.
+
+use super::*;
+
+#[test]
+fn a_socket_that_was_copied_before_it_was_bound_is_replaced_everywhere() {
+    let address = own_address();
+    let server = exec_at(address, &[]);
+    server.upgrade(&["--env", "PLAIN=copy", "--wait", "drained"]).exits_with(0);
+    assert_eq!(get(address, "/env/HANDOVER_GENERATION"), "2");
+}
+
+const PREFORKED: &str = r#"
+listener = socket.create_server(address())
+for number in range(3):
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        while True:
+            answer(listener)
+while True:
+    time.sleep(1)
+"#;
+
+#[test]
+fn children_that_accept_for_their_parent_are_seen_to_wait() {
+    let address = own_address();
+    let server = python(PREFORKED, &[&address.to_string()]);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(ask(address, "/").answerer().generation, 2);
+}
+
+/// One that leaves its parent behind is nobody's worker: what it binds is its own affair.
+const LEAVES: &str = r#"
+listener = socket.create_server(address())
+if os.environ["HANDOVER_GENERATION"] == "2":
+    if os.fork() == 0:
+        parent = os.getpid()
+        if os.fork() != 0:
+            os._exit(0)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        try:
+            socket.create_server(address())
+            said = "was given it"
+        except OSError as error:
+            said = error.strerror
+        with open(sys.argv[2] + ".new", "w") as file:
+            file.write(said)
+        os.rename(sys.argv[2] + ".new", sys.argv[2])
+        os._exit(0)
+    os.wait()
+while True:
+    listener.accept()
+"#;
+
+#[test]
+fn a_process_outside_the_tree_of_the_program_is_given_nothing() {
+    let home = Home::new();
+    let said = home.path("said");
+    let address = own_address().to_string();
+    let server = python(LEAVES, &[&address, said.to_str().unwrap()]);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    let text = eventually("what it has said", || fs::read_to_string(&said).ok());
+    assert!(text.starts_with("Address already in use"), "{text}");
+}
+
+/// Signals come all the time, as in a Go program: their handlers have SA_RESTART.
+const INTERRUPTED: &str = r#"
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.siginterrupt(signal.SIGALRM, False)
+signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+listeners = [socket.create_server(address(number)) for number in range(200)]
+signal.setitimer(signal.ITIMER_REAL, 0)
+wait_on(listeners)
+"#;
+
+#[test]
+fn calls_that_signals_interrupt_come_to_the_same() {
+    let address = own_address().to_string();
+    let server = python(INTERRUPTED, &[&address]);
+    let sockets = server.sockets();
+    assert_eq!(sockets.len(), 200);
+    for _ in 0..2 {
+        server.upgrade(&["--trial", "0s", "--wait", "drained"]).exits_with(0);
+        assert_eq!(server.sockets(), sockets);
+    }
+}
+
+/// A child of a shell, with a filter of its own, that binds a privileged port in a thread and then gives its rights up.
+const GUARDED: &str = r#"
+PTRACE = 117 if os.uname().machine == "aarch64" else 101
+refuse(PTRACE)
+listeners = []
+thread = threading.Thread(target=lambda: listeners.append(socket.create_server(address())))
+thread.start()
+thread.join()
+os.setgid(65534)
+os.setuid(65534)
+while True:
+    answer(listeners[0])
+"#;
+
+#[test]
+fn a_program_that_guards_itself_is_given_its_socket_too() {
+    if !is_root_or_skip("a privileged port") {
+        return;
+    }
+    let ip = own_address().ip();
+    let shell = "trap 'kill $!; wait $!; exit 0' TERM; python3 -c \"$0\" \"$1\" & wait $!";
+    let script = script(GUARDED);
+    let server = exec_in(Home::new(), &[], &["sh", "-c", shell, &script, &format!("{ip}:80")]);
+    let sockets = server.sockets();
+    for generation in 2..=3 {
+        server.upgrade(&["--wait", "drained"]).exits_with(0);
+        assert_eq!(ask(SocketAddr::new(ip, 80), "/").answerer().generation, generation);
+    }
+    assert_eq!(server.sockets(), sockets);
+}
+
+/// Threads that start programs (by `vfork`, as Python does) while others bind.
+const STARTS_PROGRAMS: &str = r#"
+is_over = threading.Event()
+def start():
+    while not is_over.is_set():
+        subprocess.run(["true"])
+threads = [threading.Thread(target=start) for _ in range(2)]
+for thread in threads:
+    thread.start()
+listeners = [socket.create_server(address(number)) for number in range(50)]
+is_over.set()
+for thread in threads:
+    thread.join()
+wait_on(listeners)
+"#;
+
+#[test]
+fn a_program_that_starts_others_while_it_binds() {
+    let address = own_address().to_string();
+    let server = python(STARTS_PROGRAMS, &[&address]);
+    let sockets = server.sockets();
+    assert_eq!(sockets.len(), 50);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(server.sockets(), sockets);
+}
+
+/// Binds by the 32-bit interface of the kernel, `int 0x80`.
+#[cfg(target_arch = "x86_64")]
+const OF_32_BITS: &str = r#"
+import mmap
+MAP_32BIT = 0x40
+memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_32BIT, prot=7)
+host, port = address()
+name = struct.pack("=H", socket.AF_INET) + struct.pack("!H", port) + socket.inet_aton(host) + bytes(8)
+# push rbx; mov eax, edi; mov ebx, esi; xchg ecx, edx; int 0x80; pop rbx; ret
+code = bytes.fromhex("5389f889f387d1cd805bc3")
+memory[:len(code)] = code
+memory[1024:1024 + len(name)] = name
+base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_int)(base)
+listener = socket.socket()
+BIND = 361
+result = call(BIND, listener.fileno(), base + 1024, len(name))
+if result != 0:
+    sys.exit(f"bind: {result}")
+listener.listen()
+while True:
+    listener.accept()
+"#;
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_32_bit_call_is_passed_by_with_a_warning() {
+    let address = own_address().to_string();
+    let server = python(OF_32_BITS, &[&address]);
+    assert!(server.home.log().contains("runs a 32-bit program: what it listens on is not kept for its next build"));
+    // EADDRINUSE: nothing was put in the place of its socket.
+    server.upgrade(&[]).exits_with(1).complains("bind: -98");
+    assert_eq!(server.serving().generation, 1);
+}
+
+const IN_CHROOT: &str = r#"
+os.chroot(sys.argv[1])
+os.chdir("/run")
+if os.path.exists("app.sock"):
+    os.unlink("app.sock")
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("app.sock")
+listener.listen()
+while True:
+    listener.accept()
+"#;
+
+#[test]
+fn a_path_below_another_root() {
+    if !is_root_or_skip("chroot") {
+        return;
+    }
+    let home = Home::new();
+    fs::create_dir_all(home.path("jail/run")).unwrap();
+    let (root, path) = (home.path("jail"), home.path("jail/run/app.sock"));
+    let server = python(IN_CHROOT, &[root.to_str().unwrap()]);
+    let sockets = server.sockets();
+    for _ in 0..2 {
+        server.upgrade(&["--wait", "drained"]).exits_with(0);
+        UnixStream::connect(&path).unwrap();
+    }
+    assert_eq!(server.sockets(), sockets);
+    assert!(sockets.first().unwrap().0.ends_with("/jail/run/app.sock"));
+}

@@ -1,0 +1,99 @@
+//! A server that runs already.
+
+use super::*;
+
+/// Also has what clients have: sockets that the kernel bound when they sent, or asked for a name.
+const WITH_CLIENTS: &str = r#"
+listener = socket.create_server(address())
+asks = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+asks.sendto(b"x", ("127.0.0.1", 9))
+logs = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+logs.bind("")
+assert len(logs.getsockname()) == 6
+while True:
+    answer(listener)
+"#;
+
+#[test]
+fn what_a_server_has_as_a_client_is_not_taken() {
+    let (home, address) = (Home::new(), own_address());
+    let (script, text) = (script(WITH_CLIENTS), address.to_string());
+    let program = ["python3", "-c", &script, &text];
+    let mut command = home.logged(program[0], &program[1..]);
+    let mut old = command.env("HANDOVER_GENERATION", "0").spawn().unwrap();
+    eventually("the server", || TcpStream::connect(address).ok());
+    let server = exec_in(home, &["--take-over", &old.id().to_string()], &program);
+    assert!(old.wait().unwrap().success());
+    assert_eq!(server.sockets().len(), 1);
+    assert_eq!(ask(address, "/").answerer().generation, 1);
+}
+
+fn started_plainly(home: &Home, arguments: &[&str]) -> std::process::Child {
+    let mut command: Command = home.logged(plain(), arguments);
+    command.env("HANDOVER_GENERATION", "0").spawn().unwrap()
+}
+
+#[test]
+fn a_running_server_is_taken_over() {
+    let home = Home::new();
+    let path = home.path("app.sock");
+    let (one, two) = (own_address(), own_address());
+    let arguments = ["epoll", &one.to_string(), &two.to_string(), path.to_str().unwrap()].map(str::to_owned);
+    let arguments = arguments.each_ref().map(String::as_str);
+    let mut old = started_plainly(&home, &arguments);
+    eventually("the server", || UnixStream::connect(&path).ok());
+    let load = Load::new(one).also(two).new_connections(2).kept(2).slow(2, 1.0).start();
+    load.wait_for_more(50, LONG).unwrap();
+    let is_over = AtomicBool::new(false);
+    let server = thread::scope(|scope| {
+        let connects = scope.spawn(|| connects_to(&path, &is_over));
+        let over = Over(&is_over);
+        let pid = old.id().to_string();
+        let program = plain();
+        let program = [&[program.to_str().unwrap()][..], &arguments].concat();
+        let server = exec_in(home, &["--take-over", &pid], &program);
+        assert!(old.wait().unwrap().success());
+        eventually("its end to be seen", || server.home.log().contains("has taken its place").then_some(()));
+        drop(over);
+        // That one path is there at every moment cannot be had from a server that removes it by itself: see the docs.
+        let _ = connects.join();
+        server
+    });
+    load.wait_for_generation(1, LONG).unwrap();
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    load.stop().assert_lossless();
+    assert_eq!(ask_unix(&path, "/").answerer().generation, 2);
+    assert_eq!(server.sockets().len(), 3);
+    let beside = fs::read_dir(path.parent().unwrap()).unwrap().flatten().map(|entry| entry.file_name());
+    assert_eq!(beside.filter(|name| name.to_string_lossy().contains("app.sock")).count(), 1);
+}
+
+#[test]
+fn a_server_whose_place_cannot_be_taken_serves_on() {
+    let home = Home::new();
+    let (address, other) = (own_address(), own_address());
+    let mut old = started_plainly(&home, &["epoll", &address.to_string()]);
+    eventually("the server", || TcpStream::connect(address).ok());
+    let load = Load::new(address).new_connections(2).kept(2).start();
+    let pid = old.id().to_string();
+    let refused = |options: &[&str], program: &[&str], message: &str| {
+        let mut command = home.command(HANDOVER);
+        command.args(["exec", "--ready-timeout", "500ms", "--take-over"]).args(options).arg("--").args(program);
+        run(command).exits_with(1).complains(message);
+    };
+    let other = other.to_string();
+    let plain = plain();
+    let plain = plain.to_str().unwrap();
+    refused(&[&pid], &[plain, "epoll", &other], &format!("it does not wait for connections on {address}"));
+    refused(&[&pid], &["false"], "exited with status 1");
+    refused(&[&pid, "--listen", &other], &["true"], &format!("it does not listen on {other}; it does on {address}"));
+    refused(&["2147483647"], &["true"], "No such process");
+    let mut sleeps = Command::new("sleep").arg("600").spawn().unwrap();
+    refused(&[&sleeps.id().to_string()], &["true"], "neither it nor what it has started listens on anything");
+    sleeps.kill().unwrap();
+    sleeps.wait().unwrap();
+    load.stop().assert_lossless();
+    assert!(old.try_wait().unwrap().is_none());
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(old.id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert!(old.wait().unwrap().success());
+}
