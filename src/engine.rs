@@ -5,6 +5,7 @@ pub(crate) mod advice;
 mod announce;
 mod attempt;
 mod manager;
+mod new_process;
 mod new_side;
 mod old_side;
 mod restart;
@@ -150,9 +151,9 @@ impl Engine {
         signals: Option<SignalPipe>,
     ) -> Self {
         let (mut upstream, mut older, mut restart) = (None, vec![], None);
-        if let Some(Handed { channel, adopted, parts }) = handed {
+        if let Some(Handed { channel, adopted, pulled_from, parts }) = handed {
             older = new_side::watch_older(parts.older);
-            upstream = channel.map(|channel| Upstream::new(channel, adopted, parts.stderr));
+            upstream = channel.map(|channel| Upstream::new(channel, adopted, parts.stderr, pulled_from));
             restart = parts.restart;
         }
         let mut engine = Self {

@@ -2,8 +2,9 @@
 //! done.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
+use nix::poll::PollFlags;
 use nix::unistd::Pid;
 
 use super::Engine;
@@ -25,13 +26,29 @@ pub(super) struct Upstream {
     stderr: Option<OwnedFd>,
     /// Until it is sent.
     adopted: Option<Message>,
+    /// See [`Handed`](crate::inherit::receive::Handed).
+    pulled_from: Option<OwnedFd>,
     begun: Instant,
     told_accepting: usize,
 }
 
 impl Upstream {
-    pub(super) fn new(channel: Channel, adopted: Option<Message>, stderr: Option<OwnedFd>) -> Self {
-        Self { channel, stderr, adopted, begun: Instant::now(), told_accepting: 0 }
+    pub(super) fn new(
+        channel: Channel,
+        adopted: Option<Message>,
+        stderr: Option<OwnedFd>,
+        pulled_from: Option<OwnedFd>,
+    ) -> Self {
+        Self { channel, stderr, adopted, pulled_from, begun: Instant::now(), told_accepting: 0 }
+    }
+
+    /// A process that dies closes its channel a moment before it is gone.
+    fn old_process_lives(&self) -> bool {
+        const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
+        let is_gone = |old: &OwnedFd| {
+            crate::poll::wait(old.as_fd(), PollFlags::POLLIN, Some(Instant::now() + DEATH_TIMEOUT)).unwrap_or(true)
+        };
+        self.pulled_from.as_ref().is_some_and(|old| !is_gone(old))
     }
 }
 
@@ -197,14 +214,16 @@ impl Engine {
                 Ok(Received::Message(Message::Commit)) => (Event::Commit, String::new(), false),
                 Ok(Received::Message(Message::Settled)) => (Event::Settled, String::new(), true),
                 Ok(Received::Message(Message::Aborted { reason })) => (Event::Aborted, reason, true),
-                Ok(Received::End) => (Event::ChannelEnded, String::new(), true),
+                Ok(Received::End) | Err(Broken::Io(_)) if upstream.old_process_lives() => {
+                    (Event::Aborted, "the old process has closed the channel, and lives".to_owned(), true)
+                }
+                Ok(Received::End) | Err(Broken::Io(_)) => (Event::ChannelEnded, String::new(), true),
                 Ok(Received::Message(other)) => {
                     (self.on_nonsense(), format!("the old process sent `{}` out of turn", other.name()), true)
                 }
                 Err(broken @ (Broken::Malformed(_) | Broken::Versions(_))) => {
                     (self.on_nonsense(), format!("the old process {broken}"), true)
                 }
-                Err(Broken::Io(_)) => (Event::ChannelEnded, String::new(), true),
             };
             match event {
                 Event::Commit => self.new_comes_to("new: commit"),

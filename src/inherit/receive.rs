@@ -40,6 +40,8 @@ pub(crate) struct Handed {
     pub(crate) channel: Option<Channel>,
     /// The answer that is due, if it is.
     pub(crate) adopted: Option<Message>,
+    /// Of a pull: the old process, which cannot kill this one.
+    pub(crate) pulled_from: Option<OwnedFd>,
     pub(crate) parts: HandedParts,
 }
 
@@ -101,8 +103,10 @@ pub(crate) fn by_pull(target: &Target) -> Result<Handed, Error> {
     let pid = client.pid();
     let (stream, _) = client.take_over()?;
     let tried = format!("take over from {target}");
+    let old = sys::pidfd_of_peer(stream.as_fd(), Pid::from_raw(pid));
     let nothing_to_wait_for = Err(io::Error::other("this process was started by something else"));
     let handed = receive(stream, Some(pid), &nothing_to_wait_for, &tried)?;
+    let handed = handed.map(|handed| Handed { pulled_from: old.ok(), ..handed });
     handed.ok_or_else(|| Error::new(ErrorKind::Failed, tried, "it died before it had handed over its listeners"))
 }
 
@@ -175,13 +179,13 @@ fn receive(
             let adopted = Message::Adopted { protocol: version, listeners, restart: is_restart };
             if !is_restart {
                 // By the engine, while the application starts up.
-                return Ok(Some(Handed { channel: Some(channel), adopted: Some(adopted), parts }));
+                return Ok(Some(Handed { channel: Some(channel), adopted: Some(adopted), pulled_from: None, parts }));
             }
             // At once: this process waits for the end of the old one, and that waits for this.
             if let Err(broken) = channel.send(&adopted, vec![]) {
                 log::debug!("the old process {broken}");
             }
-            Ok(Some(Handed { channel: Some(channel), adopted: None, parts }))
+            Ok(Some(Handed { channel: Some(channel), adopted: None, pulled_from: None, parts }))
         }
         Err(reason) => {
             refuse(&mut channel, &reason, false);

@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 
 use crate::channel::{Broken, Channel, Received, poll_fd};
 use crate::engine::SignalPipe;
+use crate::fault;
 use crate::protocol::{Message, OfferedRestart};
 use crate::shared::monotonic_us;
 use crate::sys;
@@ -64,6 +65,7 @@ impl Restart {
         // It was gone when this process looked; any other error has been refused.
         let Ok(old) = old else { return Ok(()) };
         log::info!("waits for the end of process {}", self.old_pid);
+        fault::reached("new: waits", channel.as_ref());
         let mut deadline = Instant::now() + self.kill_after;
         loop {
             let mut fds = vec![PollFd::new(old.as_fd(), PollFlags::POLLIN)];
@@ -72,6 +74,7 @@ impl Restart {
             let events = crate::poll::wait_any(&mut fds, Some(deadline));
             let events = events.map_err(|error| format!("the end of the old process cannot be waited for: {error}"))?;
             if fds.first().is_some_and(|old| old.any().unwrap_or(true)) {
+                fault::reached("new: alone", channel.as_ref());
                 return Ok(());
             }
             if signals.as_deref_mut().is_some_and(|signals| signals.take().stops > 0) {

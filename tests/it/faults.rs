@@ -8,6 +8,8 @@
 
 mod exec;
 mod library;
+mod pull;
+mod restart;
 
 use std::collections::BTreeMap;
 use std::fs;
