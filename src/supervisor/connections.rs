@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::time::Instant;
 
 use nix::unistd::Pid;
 
@@ -10,11 +11,43 @@ use crate::control::unix_sockets;
 use crate::listeners::Address;
 use crate::sock_diag::tcp_connections;
 
+/// A count that was made for `status`, which anybody may ask for as often as he likes.
+pub(super) struct Counted {
+    workers: Vec<Pid>,
+    open: Vec<usize>,
+    /// When another is due: the kernel looks through all the sockets there are, so that takes a tenth of the time at most.
+    due: Instant,
+}
+
+impl Counted {
+    const COST: u32 = 10;
+
+    pub(super) fn now(workers: Vec<Pid>, addresses: &[Address]) -> Self {
+        let begun = Instant::now();
+        let open = open(&workers, addresses);
+        let now = Instant::now();
+        Self { workers, open, due: now + Self::COST * (now - begun) }
+    }
+
+    /// The count, if it is one of these workers and no other is due.
+    pub(super) fn of(&self, workers: &[Pid]) -> Option<Vec<usize>> {
+        (self.workers == workers && Instant::now() < self.due).then(|| self.open.clone())
+    }
+
+    pub(super) fn open(&self) -> Vec<usize> {
+        self.open.clone()
+    }
+}
+
 /// How many connections to `addresses` each of the workers has open, with all that it has started.
 pub(super) fn open(workers: &[Pid], addresses: &[Address]) -> Vec<usize> {
     let connections = connections_to(addresses);
     let count = |worker: &Pid| {
-        let held: HashSet<u64> = family::sockets(*worker).into_iter().collect();
+        let held = family::sockets(*worker).unwrap_or_else(|error| {
+            log::debug!("cannot count the connections of process {worker}: {error}");
+            vec![]
+        });
+        let held: HashSet<u64> = held.into_iter().collect();
         held.intersection(&connections).count()
     };
     workers.iter().map(count).collect()
@@ -48,6 +81,18 @@ mod tests {
     use super::*;
     use std::net::{TcpListener, TcpStream};
     use std::os::unix::net::{UnixListener, UnixStream};
+    use std::time::Duration;
+
+    #[test]
+    fn a_count_is_good_for_ten_times_as_long_as_it_took() {
+        let (us, now) = (vec![Pid::this()], Instant::now());
+        let counted = |due| Counted { workers: us.clone(), open: vec![3], due };
+        assert_eq!(counted(now + Duration::from_secs(60)).of(&us), Some(vec![3]));
+        assert_eq!((counted(now).of(&us), counted(now + Duration::from_secs(60)).of(&[])), (None, None));
+        let counted = Counted::now(us.clone(), &[]);
+        assert_eq!(counted.open(), [0]);
+        assert!(counted.due > now);
+    }
 
     #[test]
     fn what_is_accepted_is_open_and_what_waits_or_belongs_to_the_client_is_not() {

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::poll::{PollFd, PollFlags};
 
 use super::build::{Build, Recipe};
+use super::connections::Counted;
 use super::conversation::Conversation;
 use super::interception::{self, Interception};
 use super::machine::{Action, Event, Machine, Order, Phase, Policy, WorkerId};
@@ -103,6 +104,7 @@ pub(super) struct Supervisor {
     blocked: Vec<Stream>,
     cut: usize,
     last_count: Option<usize>,
+    counted: Option<Counted>,
     not_started: Option<Error>,
 }
 
@@ -226,6 +228,7 @@ impl Supervisor {
             blocked: vec![],
             cut: 0,
             last_count: None,
+            counted: None,
             not_started: None,
         }
     }

@@ -1,6 +1,7 @@
 //! A worker with everything that it has started: `npm start` is three processes, and the last of them serves.
 
 use std::fs;
+use std::io;
 use std::path::PathBuf;
 
 use nix::unistd::Pid;
@@ -8,17 +9,32 @@ use nix::unistd::Pid;
 /// More are not looked at.
 const PROCESSES_MAX: usize = 1024;
 
-/// The process and its descendants. One that was orphaned is not among them any more.
+/// The process and its descendants, as far as they can be seen. One that was orphaned is not among them any more.
 pub(super) fn of(root: Pid) -> Vec<Pid> {
     let mut family = vec![root];
+    let _ = extend(&mut family);
+    family
+}
+
+/// By all descendants of the first.
+fn extend(family: &mut Vec<Pid>) -> io::Result<()> {
     let mut looked_at = 0;
     while let Some(pid) = family.get(looked_at).copied().filter(|_| family.len() < PROCESSES_MAX) {
         looked_at += 1;
-        for thread in threads(pid) {
-            family.extend(children_in(&fs::read_to_string(thread.join("children")).unwrap_or_default()));
+        for thread in unless_ended(fs::read_dir(format!("/proc/{pid}/task")))?.into_iter().flatten().flatten() {
+            let children = unless_ended(fs::read_to_string(thread.path().join("children")))?.unwrap_or_default();
+            family.extend(children_in(&children));
         }
     }
-    family
+    Ok(())
+}
+
+/// None: the process, or the thread, is gone.
+fn unless_ended<T>(read: io::Result<T>) -> io::Result<Option<T>> {
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        read => read.map(Some),
+    }
 }
 
 /// In `/proc/PID/task/TID/children`.
@@ -33,16 +49,22 @@ pub(super) fn threads(pid: Pid) -> impl Iterator<Item = PathBuf> {
 }
 
 /// Its fds with what they lead to.
-pub(super) fn fds(pid: Pid) -> std::io::Result<Vec<(i32, PathBuf)>> {
+pub(super) fn fds(pid: Pid) -> io::Result<Vec<(i32, PathBuf)>> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
     let fd = |entry: fs::DirEntry| Some((entry.file_name().to_str()?.parse().ok()?, fs::read_link(entry.path()).ok()?));
     Ok(entries.filter_map(fd).collect())
 }
 
-/// The inodes of the sockets of a worker and of all that it has started.
-pub(super) fn sockets(worker: Pid) -> Vec<u64> {
-    let fds = of(worker).into_iter().filter_map(|pid| fds(pid).ok()).flatten();
-    fds.filter_map(|(_, link)| socket_inode(&link)).collect()
+/// The inodes of the sockets of a worker and of all that it has started: all of them, or an error.
+pub(super) fn sockets(worker: Pid) -> io::Result<Vec<u64>> {
+    let mut family = vec![worker];
+    extend(&mut family)?;
+    let mut sockets = vec![];
+    for pid in family {
+        let fds = unless_ended(fds(pid))?.unwrap_or_default();
+        sockets.extend(fds.iter().filter_map(|(_, link)| socket_inode(link)));
+    }
+    Ok(sockets)
 }
 
 /// The kernel takes them all away at once when a process ends, however it does.

@@ -9,6 +9,7 @@ use sendfd::SendWithFd;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::fault;
 use crate::saved::fd;
 use crate::sys::{self, Notification};
 
@@ -91,6 +92,7 @@ pub(super) fn install(supervisor: &UnixStream) -> Result<(), Error> {
         let error = Error::new(crate::error::ErrorKind::Failed, tried, cause);
         error.mend("name the address with --listen, and let the program take LISTEN_FDS")
     })?;
+    fault::reached("worker: intercepted", None);
     let number = std::os::fd::AsRawFd::as_raw_fd(&filter);
     supervisor.send_with_fd(b"F", &[number]).map_err(|error| Error::io(tried, error))?;
     Ok(())

@@ -23,7 +23,7 @@ use crate::server::{Server, fds_of};
 use crate::wait::eventually;
 
 /// The program, which Cargo builds beside the tests.
-fn plain() -> PathBuf {
+pub(crate) fn plain() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     test.ancestors().nth(2).unwrap().join("examples/plain")
 }

@@ -69,6 +69,7 @@ impl Supervisor {
     }
 
     fn answer_call(&mut self, id: WorkerId, call: Notification) {
+        self.comes_to("exec: call");
         let answer = self.decide(id, &call).unwrap_or_else(|error| {
             log::debug!("thread {} is left to the kernel: {error}", call.thread);
             Answer::Pass
@@ -242,6 +243,7 @@ impl Supervisor {
             log::error!("process {} cannot be given the socket at {address}: {error}", caller.pid);
         })?;
         log::debug!("process {} is given the socket at {address}", caller.pid);
+        self.comes_to("exec: given");
         Ok(Answer::Done)
     }
 
@@ -275,7 +277,7 @@ impl Supervisor {
         self.machine.worker(id).is_some_and(|worker| worker.is_starting())
     }
 
-    /// Inodes of all sockets of the generation that serves. None: not all of it does.
+    /// Inodes of all sockets of the generation that serves. None: not all of it does, or can be looked at.
     fn held_by_all(&self) -> Option<HashSet<u64>> {
         let generation = self.machine.generation();
         let serving = |worker: &crate::supervisor::machine::Worker| worker.generation == generation;
@@ -286,7 +288,9 @@ impl Supervisor {
             return None;
         }
         let pids = ids.iter().filter_map(|id| self.workers.get(id)).map(|worker| worker.pid);
-        Some(pids.flat_map(family::sockets).collect())
+        let held: io::Result<Vec<Vec<u64>>> = pids.map(family::sockets).collect();
+        let held = held.inspect_err(|error| log::debug!("cannot see which sockets the program has: {error}")).ok()?;
+        Some(held.into_iter().flatten().collect())
     }
 
     /// Closes what no process of the generation that serves has, and says what that was.
@@ -303,8 +307,9 @@ impl Supervisor {
         if !self.options.intercepts() {
             return None;
         }
-        let held = self.held_by_all().unwrap_or_default();
-        let claims = self.sockets.kept.take_stock(|inode| held.contains(&inode));
+        let held = self.held_by_all();
+        let is_held = |inode| held.as_ref().is_none_or(|held| held.contains(&inode));
+        let claims = self.sockets.kept.take_stock(is_held);
         for address in &claims.unclaimed {
             log::info!(
                 "the new build does not listen on {address}: if it has not in {CLOSED_INTERVAL:?}, that is closed"
@@ -351,7 +356,7 @@ fn is_of_one_process(address: &Address, pid: Pid) -> bool {
 
 /// Whether the worker, or what it has started, has a socket with that inode. It is looked only if somebody asks.
 fn is_held_by(worker: Option<Pid>) -> impl Fn(u64) -> bool {
-    let held = LazyCell::new(move || worker.map(family::sockets).unwrap_or_default());
+    let held = LazyCell::new(move || worker.and_then(|worker| family::sockets(worker).ok()).unwrap_or_default());
     move |inode| held.contains(&inode)
 }
 

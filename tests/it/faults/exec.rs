@@ -1,4 +1,4 @@
-//! `handover exec`: the supervisor, and a new worker whose program uses the library.
+//! `handover exec`: the supervisor, and a new worker, whose program uses the library or binds its socket by itself.
 
 use std::net::SocketAddr;
 
@@ -10,6 +10,7 @@ use super::library::{FDS_MAX, NO_CHANNEL, NO_FRAME, step};
 use super::{CLIENTS, Fault, Fired, Matrix, Step, TIMES, address, assert_lost_at_most, load};
 use crate::client::ask;
 use crate::command::Running;
+use crate::exec::plain;
 use crate::home::{HANDOVER, Home, fixture};
 use crate::server::{Server, fds_of, has_ended};
 use crate::wait::{LONG, eventually, eventually_equal};
@@ -61,22 +62,63 @@ const ITSELF: Matrix = Matrix {
     ],
 };
 
+const OF_ANY_PROGRAM: Matrix = Matrix {
+    heading: "`handover exec` of any program: the fault comes when …",
+    faults: &[F::Killed, F::Continued, F::StoppedAndKilled, F::NoFds, F::Delayed],
+    steps: &[
+        step("exec: asked", "the supervisor is asked", &[]),
+        step("exec: spawned", "… has started the new worker", &[]),
+        step("exec: call", "… has read a call of it that waits", &[]),
+        step("exec: given", "… has put the kept socket in its hands, and not answered", &[]),
+        step("exec: ready", "… sees that it is ready", &[]),
+        step("exec: settled", "… ends the trial", &[]),
+        step("exec: told to stop", "… has told the old worker to stop", &[]),
+    ],
+};
+
+const WORKER_OF_ANY_PROGRAM: Matrix = Matrix {
+    heading: "`handover exec` of any program: the fault comes when …, in the new worker",
+    faults: &[F::Killed, F::Continued, F::StoppedAndKilled, F::NoFds, F::Delayed],
+    steps: &[
+        step("worker: intercepted", "its calls wait for the supervisor, that does not know it yet", &[]),
+        step("worker: started", "it is about to execute the program", &[]),
+    ],
+};
+
+#[test]
+fn in_the_supervisor_of_any_program() {
+    OF_ANY_PROGRAM.holds(|step, fault| Cell::start(step, fault, true, Program::Any).run());
+}
+
+#[test]
+fn in_a_worker_of_any_program() {
+    WORKER_OF_ANY_PROGRAM.holds(|step, fault| Cell::start(step, fault, false, Program::Any).run());
+}
+
 #[test]
 fn in_a_supervisor_that_replaces_itself() {
-    ITSELF.holds(|step, fault| Cell::start(step, fault, true).run_itself());
+    ITSELF.holds(|step, fault| Cell::start(step, fault, true, Program::OfTheLibrary).run_itself());
 }
 
 #[test]
 fn in_the_supervisor() {
-    SUPERVISOR.holds(|step, fault| Cell::start(step, fault, true).run());
+    SUPERVISOR.holds(|step, fault| Cell::start(step, fault, true, Program::OfTheLibrary).run());
 }
 
 #[test]
 fn in_a_worker() {
-    WORKER.holds(|step, fault| Cell::start(step, fault, false).run());
+    WORKER.holds(|step, fault| Cell::start(step, fault, false, Program::OfTheLibrary).run());
+}
+
+#[derive(Clone, Copy)]
+enum Program {
+    OfTheLibrary,
+    /// Under interception.
+    Any,
 }
 
 struct Cell {
+    program: Program,
     server: Server,
     fault: Fault,
     fired: Fired,
@@ -87,11 +129,11 @@ struct Cell {
 }
 
 impl Cell {
-    fn start(step: Step, fault: Fault, in_supervisor: bool) -> Self {
+    fn start(step: Step, fault: Fault, in_supervisor: bool, program: Program) -> Self {
         let (home, address) = (Home::new(), address());
         let fired = Fired::new(&home);
         let variable = fired.variable(&step, fault);
-        let mut command = command(&home, &address);
+        let mut command = program.command(&home, &address);
         let mut arguments = TIMES.map(str::to_owned).to_vec();
         match in_supervisor {
             true => drop(command.env("HANDOVER_FAULT", variable)),
@@ -99,7 +141,7 @@ impl Cell {
         }
         let server = Server::run(home, command);
         let supervisor = server.first_pid();
-        Self { server, fault, fired, arguments, address, supervisor }
+        Self { program, server, fault, fired, arguments, address, supervisor }
     }
 
     fn upgrade(&self, supervisor: i32, arguments: &[String]) -> Running {
@@ -114,12 +156,26 @@ impl Cell {
     fn generations(&self) -> Vec<u64> {
         eventually("every worker to serve", || {
             let pids = self.server.home.processes().into_iter().filter(|pid| *pid != self.supervisor);
-            let statuses: Option<Vec<_>> = pids.map(|pid| self.server.try_status(pid).ok()).collect();
-            let mut serving = statuses?;
-            let all_serve = !serving.is_empty() && serving.iter().all(|one| one.state == State::Serving);
-            serving.sort_by_key(|one| one.generation);
-            all_serve.then(|| serving.iter().map(|one| one.generation).collect())
+            let mut generations: Vec<u64> = pids.map(|pid| self.generation(pid)).collect::<Option<_>>()?;
+            generations.sort();
+            (!generations.is_empty()).then_some(generations)
         })
+    }
+
+    /// None: it does not serve, or not yet.
+    fn generation(&self, pid: i32) -> Option<u64> {
+        match self.program {
+            Program::OfTheLibrary => {
+                let status = self.server.try_status(pid).ok()?;
+                (status.state == State::Serving).then_some(status.generation)
+            }
+            Program::Any => {
+                let environment = std::fs::read_to_string(format!("/proc/{pid}/environ")).ok()?;
+                let of_it = environment.split('\0').find_map(|line| line.strip_prefix("HANDOVER_GENERATION="));
+                let socket = format!("socket:[{}]", inode_at(&self.address)?);
+                fds_of(pid).iter().any(|fd| fd.contains(&socket)).then(|| of_it?.parse().ok()).flatten()
+            }
+        }
     }
 
     fn run(self) -> &'static str {
@@ -202,7 +258,7 @@ impl Cell {
             }
             left.is_empty().then_some(())
         });
-        let mut again = command(home, &self.address).spawn().unwrap();
+        let mut again = self.program.command(home, &self.address).spawn().unwrap();
         let pid = again.id().cast_signed();
         self.server.wait_until(pid, State::Serving);
         self.upgrade(pid, &[]).finish().exits_with(0);
@@ -213,11 +269,28 @@ impl Cell {
     }
 }
 
-fn command(home: &Home, address: &str) -> std::process::Command {
-    let program = fixture();
-    let http = format!("http={address}");
-    let script = format!("ulimit -n {FDS_MAX}; exec {HANDOVER} exec \"$@\"");
-    let trial = ["--trial", "100ms"];
-    let worker = ["--", program.to_str().unwrap(), "--tcp", &http, "--linger", "100ms"];
-    home.logged("/bin/sh", &[&["-c", &script, "sh", "--listen", &http], &trial[..], &worker].concat())
+impl Program {
+    fn command(self, home: &Home, address: &str) -> std::process::Command {
+        let program = match self {
+            Self::OfTheLibrary => fixture(),
+            Self::Any => plain(),
+        };
+        let (program, http) = (program.to_str().unwrap(), format!("http={address}"));
+        let script = format!("ulimit -n {FDS_MAX}; exec {HANDOVER} exec --trial 100ms \"$@\"");
+        let worker = match self {
+            Self::OfTheLibrary => vec!["--listen", &http, "--", program, "--tcp", &http, "--linger", "100ms"],
+            Self::Any => vec!["--", program, "epoll", address],
+        };
+        home.logged("/bin/sh", &[&["-c", &script, "sh"], &worker[..]].concat())
+    }
+}
+
+/// Of the socket that listens there (proc_pid_net(5)).
+fn inode_at(address: &str) -> Option<String> {
+    const LISTENS: &str = "0A";
+    let SocketAddr::V4(address) = address.parse().unwrap() else { return None };
+    let local = format!("{:08X}:{:04X}", u32::from_ne_bytes(address.ip().octets()), address.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let mut lines = table.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    lines.find(|line| line[1] == local && line[3] == LISTENS).map(|line| line[9].to_owned())
 }
