@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# A systemd in namespaces of its own, and the control group that it needs. Sourced by scripts that need root for it, after
-# lib.sh, never run.
+# A systemd in namespaces of its own, and the control group that it needs: what the scripts share that need root for it.
+# Sourced after lib.sh, never run.
 
 # Set here for whoever sources this:
 # shellcheck disable=SC2034
@@ -18,12 +18,12 @@ make_group() {
     mkdir "$group" || die "no cgroup can be made below $unified"
 }
 
-# end_group PID: kills the first process of the namespaces, with which every one of them goes, and removes the group.
+# Ends process 1 of the namespaces, with which all of theirs go, and removes the group.
 end_group() {
     local tries directory directories
-    if [[ -n $1 ]]; then
-        kill -KILL "$1" 2>/dev/null || true
-        wait "$1" 2>/dev/null || true
+    if [[ -n $machine ]]; then
+        kill -KILL "$machine" 2>/dev/null || true
+        wait "$machine" 2>/dev/null || true
     fi
     for ((tries = 250; tries > 0; tries--)); do
         mapfile -t directories < <(find "$group" -depth -type d 2>/dev/null)
@@ -34,13 +34,13 @@ end_group() {
     [[ ! -d $group ]] || printf '%s is left behind\n' "$group" >&2
 }
 
-# boot DIRECTORY COMMAND... SOURCE:NAME...: starts it by `COMMAND scripts/machine.sh`, as that tells. Writes boot.log and
-# init to the directory, and sets $machine, and $init, its process 1 as seen from here.
+# boot DIRECTORY [--net] SOURCE:NAME...: starts machine.sh, which tells of these; with --net in a network of its own. What it
+# says, and the pid, are files in the directory. Sets $init, its process 1 as seen from here.
 boot() {
-    local directory=$1 before=()
+    local directory=$1 as=()
     shift
-    while (($#)) && [[ $1 != *:* ]]; do before+=("$1") && shift; done
-    "${before[@]}" scripts/machine.sh handover-lab "$group" "$directory/init" "$@" >"$directory/boot.log" 2>&1 </dev/null &
+    if [[ $1 == --net ]]; then as=(unshare --net) && shift; fi
+    "${as[@]}" scripts/machine.sh handover-lab "$group" "$directory/init" "$@" >"$directory/boot.log" 2>&1 </dev/null &
     machine=$!
     until_true 60 "systemd does not boot" booted "$directory"
 }
