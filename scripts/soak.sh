@@ -2,10 +2,11 @@
 # Replaces servers of every kind again and again, under changing load and with faults, and watches that nothing is lost and
 # nothing grows.
 #
-# Usage: scripts/soak.sh [--rounds N] [--minutes M] [--seed S] [SERVICE...]
+# Usage: scripts/soak.sh [--rounds N] [--minutes M] [--steps N] [--seed S] [SERVICE...]
 #
 #   --rounds N     how many [100]
 #   --minutes M    begins no round after this time; without --rounds it alone ends the run
+#   --steps N      of a round at most, and at least half as many [8]
 #   --seed S       of the random numbers, to repeat a run
 #
 #   library        examples/axum.rs
@@ -38,11 +39,12 @@ set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 source scripts/boot.sh
 
-rounds='' minutes=0 seed=$RANDOM services=()
+rounds='' minutes=0 steps_max=8 seed=$RANDOM services=()
 while (($#)); do
     case $1 in
         --rounds) number "$1" "${2:-}" && rounds=$2 && shift 2 ;;
         --minutes) number "$1" "${2:-}" && minutes=$2 && shift 2 ;;
+        --steps) number "$1" "${2:-}" && steps_max=$2 && shift 2 ;;
         --seed) number "$1" "${2:-}" 0 && seed=$2 && shift 2 ;;
         library | exec | any | systemd | systemd-exec) services+=("$1") && shift ;;
         -h | --help) help ;;
@@ -216,7 +218,9 @@ wants() {
 
 # Starts the command without waiting for it, until it has written so much.
 ask_and_go_on() {
-    "$handover" upgrade --pid "$main" --json "${@:2}" >"$scratch/answer.json" 2>&1 &
+    # Before the command is there: what an earlier one has written would be taken for its words.
+    : >"$scratch/answer.json"
+    "$handover" upgrade --pid "$main" --json "${@:2}" >>"$scratch/answer.json" 2>&1 &
     asking=$!
     until_true 30 "$service, step $step (seed $seed): not $1" grep -q "\"$1\"" "$scratch/answer.json"
 }
@@ -337,7 +341,7 @@ strike() {
     pause 0 "$1"
     struck=$(seen_from_here "$spawned")
     [[ -n $struck ]] || wrong "there is no new process $spawned"
-    kill -STOP "$struck"
+    kill -STOP "$struck" || wrong "the new process $struck has gone"
     until_true 10 "$service, step $step (seed $seed): SIGSTOP does not stop it" is_stopped "$struck"
     ! grep -q '"healthy"' "$scratch/answer.json" && ! has_connections "$struck"
 }
@@ -416,7 +420,7 @@ choose() {
     if is_unit; then all+=(reload reload); else all+=(command); fi
     ! is_supervised || all+=(self)
     steps=()
-    pick 4 8
+    pick $(((steps_max + 1) / 2)) "$steps_max"
     for ((n = picked; n > 0; n--)); do
         pick_of "${all[@]}"
         steps+=("$picked")
