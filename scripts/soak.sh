@@ -151,8 +151,13 @@ start() {
     address[$service]=$(field address "$(status)")
 }
 
-# All processes of the service, as seen from here.
+# All processes of the service, as seen from here. Looking at every process of the machine is for now and then only: the
+# kernel makes whoever reaps one wait for those that look it up in /proc, for seconds on a busy machine (Linux 6.18).
 processes() {
+    if is_unit; then
+        cat "$group"/*/"$service.service/cgroup.procs" 2>/dev/null || true
+        return
+    fi
     grep -lzxsF "SOAK_SERVICE=$scratch/$service" /proc/[0-9]*/environ | cut -d / -f 3 || true
 }
 
@@ -193,12 +198,16 @@ at_most_drain() {
     (($(in_list draining | wc -l) <= $1))
 }
 
-# Whether no upgrade is under way, of any process: of the one that was asked, which may have gone, or of its successor.
+# Whether no upgrade is under way: of the process that was asked, which may have gone, nor of its successors.
 is_over() {
-    local pid
-    for pid in $(processes); do
+    local pid before=$main
+    for pid in "$serving" "$main"; do
         [[ ! $(status "$pid" 2>/dev/null) =~ \"state\":\"(upgrading|trial)\" ]] || return 1
     done
+    find_main
+    [[ $main != "$before" ]] || return 0
+    serving=$before
+    return 1
 }
 
 wrong() {
@@ -450,6 +459,7 @@ do_step() {
     until_true 60 "$service (seed $seed): older generations drain for a minute" at_most_drain 2
     find_main
     generation=$(field generation "$(status)")
+    serving=$main
     "step_$step"
     until_true 60 "$service, step $step (seed $seed): an upgrade is not over" is_over
     find_main
