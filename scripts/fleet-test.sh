@@ -10,6 +10,7 @@
 # Needs root, systemd, ansible-core, sshd, nginx, haproxy and iproute2.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
+source scripts/boot.sh
 
 # Process 1 of everything: with it every process goes.
 if [[ ${1:-} == --inside ]]; then
@@ -38,27 +39,15 @@ for program in ansible-playbook:ansible-core sshd:openssh-server ssh:openssh-cli
     ip:iproute2 systemctl:systemd; do
     command -v "${program%:*}" >/dev/null || die "there is no ${program%:*}: apt install ${program#*:}"
 done
-unified=$(findmnt --types cgroup2 --noheadings --output TARGET --first-only) || die "no cgroup2 is mounted"
 
 cargo build --quiet --all-features --bins --examples
+make_group handover-fleet
 lab=$(mktemp -d "${TMPDIR:-/tmp}/handover-fleet.XXXXXX")
-group="$unified/handover-fleet-$$"
-outer=''
 
 shut_down() {
-    local code=$? tries directory
+    local code=$?
     trap - EXIT INT TERM HUP
-    if [[ -n $outer ]]; then
-        kill -KILL "$outer" 2>/dev/null || true
-        wait "$outer" 2>/dev/null || true
-    fi
-    for ((tries = 250; tries > 0; tries--)); do
-        mapfile -t directories < <(find "$group" -depth -type d 2>/dev/null)
-        ((${#directories[@]})) || break
-        for directory in "${directories[@]}"; do rmdir "$directory" 2>/dev/null || true; done
-        [[ ! -d $group ]] || sleep 0.02
-    done
-    [[ ! -d $group ]] || printf '%s is left behind\n' "$group" >&2
+    end_group
     if ((code != 0)) && compgen -G "$lab/*.log" >/dev/null; then
         printf 'the last lines of the logs:\n' >&2
         tail -n 20 "$lab"/*.log >&2
@@ -71,7 +60,6 @@ trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
 built="$(target_directory)/debug"
-mkdir "$group" || die "no cgroup can be made below $unified"
 mkdir "$lab/bin"
 chmod 755 "$lab" "$lab/bin"
 # Small ones: they are sent to every machine.
@@ -80,5 +68,5 @@ for program in "$built/handover" "$built"/examples/{fixture,plain,oracle}; do
 done
 
 unshare --mount --pid --fork --kill-child=KILL --uts --ipc --net -- "$script" --inside "$lab" "$group" "${inside[@]}" &
-outer=$!
-wait "$outer"
+machine=$!
+wait "$machine"

@@ -16,7 +16,7 @@
 #   fleet    scripts/fleet-test.sh: roll-outs to several machines with Ansible, in namespaces of their own
 #   demo     scripts/demo.sh
 #   load     scripts/load.sh: 50 upgrades under load, in a network namespace of its own
-#   soak     scripts/soak.sh, a short one
+#   soak     scripts/soak.sh, a short one without systemd
 #
 # Without a PART all of them. Programs that are missing are installed with apt where that can be done; a part that still
 # misses one is left out and named at the end, and with CI=true it fails.
@@ -159,7 +159,7 @@ run() {
         fleet) scripts/fleet-test.sh ;;
         demo) scripts/demo.sh --upgrades 3 ;;
         load) scripts/load.sh ;;
-        soak) scripts/soak.sh --upgrades 30 ;;
+        soak) scripts/soak.sh --rounds 6 --steps 3 library exec any ;;
     esac
 }
 
