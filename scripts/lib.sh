@@ -52,8 +52,13 @@ target_directory() {
     printf '%s' "${BASH_REMATCH[1]}"
 }
 
-# build [Cargo's arguments]: release, and where it is: $handover, $examples
+# build [Cargo's arguments]: release, and where it is: $handover, $examples. Nothing, if HANDOVER_BUILT says where all of it
+# is already.
 build() {
+    if [[ -n ${HANDOVER_BUILT:-} ]]; then
+        release=$HANDOVER_BUILT handover="$HANDOVER_BUILT/handover" examples="$HANDOVER_BUILT/examples"
+        return
+    fi
     command -v cargo >/dev/null ||
         die "Rust is missing: see https://rustup.rs (and run \`. ~/.cargo/env\` afterwards)"
     command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
