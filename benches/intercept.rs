@@ -30,8 +30,11 @@ const RESULT: &str = "HANDOVER_BENCH_RESULT";
 const ADDRESS: &str = "HANDOVER_BENCH_ADDRESS";
 const CALLS: u32 = 1_000;
 const BATCHES: usize = 50;
-const ROUNDS: usize = 10;
-const ROUND: Duration = Duration::from_millis(1_500);
+const ROUNDS: usize = 30;
+const ROUND: Duration = Duration::from_millis(1_000);
+/// The program has the first processor alone, and its clients the second: which of them is where would else be chance.
+const OF_THE_PROGRAM: [&str; 3] = ["taskset", "--cpu-list", "0"];
+const OF_THE_CLIENTS: [&str; 4] = ["taskset", "--all-tasks", "--cpu-list", "1"];
 const CLIENTS: usize = 8;
 
 fn main() -> Result<()> {
@@ -127,38 +130,47 @@ fn requests(scratch: &Scratch) -> Result<()> {
         wait_for(address)?;
         Ok((address, process))
     };
-    let mut node = Command::new("node");
-    node.arg(APP);
+    let [pinned, arguments @ ..] = OF_THE_PROGRAM;
+    let mut node = Command::new(pinned);
+    node.args(arguments).args(["node", APP]);
     let mut exec = scratch.command(&release()?.join("handover"));
-    exec.args(["exec", "--", "node", APP]);
+    exec.args(["exec", "--"]).args(OF_THE_PROGRAM).args(["node", APP]);
+    let [pinned, arguments @ ..] = OF_THE_CLIENTS;
+    Command::new(pinned).args(arguments).args(["--pid", &std::process::id().to_string()]).output()?;
     let (bare, alone) = start(node)?;
     let (here, supervised) = start(exec)?;
     // Its main thread does the work.
     let pids = [alone.pid()?, *supervised.pids()?.get(1).ok_or("no program runs below handover exec")?];
     println!(
-        "Requests of a Node program, {CLIENTS} clients in a closed loop; {ROUNDS} rounds of each in turns, medians (and the \
-         middle half). The microseconds of its own processor time tell more where other programs run.\n"
+        "Requests of a Node program on a processor of its own, {CLIENTS} clients in a closed loop; {ROUNDS} pairs of rounds, \
+         bare and under interception in turns, medians (and the middle half). The ratio is that of each pair.\n"
     );
-    heading(&["", "bare", "under interception", "ratio of the medians"]);
+    heading(&["", "bare", "under interception", "ratio"]);
     for (name, is_kept) in [("on kept connections", true), ("a connection for each", false)] {
-        let mut rates = [Samples::default(), Samples::default()];
-        let mut costs = [Samples::default(), Samples::default()];
-        for round in 0..2 * ROUNDS {
-            // Each goes first as often as the other.
-            let which = usize::from(round % 4 == 1 || round % 4 == 2);
+        let round = |which: usize| -> Result<[f64; 2]> {
             let load = Load::new([bare, here][which]);
             let load = if is_kept { load.kept(CLIENTS) } else { load.new_connections(CLIENTS) };
             let running = load.start();
             let (begun, worked) = (Instant::now(), processor_time(pids[which])?);
             thread::sleep(ROUND);
-            let tally = running.stop();
+            let requests = running.stop().requests() as f64;
             let worked = processor_time(pids[which])?.saturating_sub(worked);
-            costs[which].push(worked.as_secs_f64() * 1e6 / tally.requests() as f64);
-            rates[which].push(tally.requests() as f64 / begun.elapsed().as_secs_f64());
+            Ok([requests / begun.elapsed().as_secs_f64(), worked.as_secs_f64() * 1e6 / requests])
+        };
+        let mut measured: [[Samples; 3]; 2] = Default::default();
+        for pair in 0..ROUNDS {
+            // Each goes first as often as the other.
+            let first = pair % 2;
+            let (one, other) = (round(first)?, round(1 - first)?);
+            let [bare, here] = if first == 0 { [one, other] } else { [other, one] };
+            for (what, samples) in measured.iter_mut().enumerate() {
+                samples[0].push(bare[what]);
+                samples[1].push(here[what]);
+                samples[2].push(here[what] / bare[what]);
+            }
         }
-        for (what, [bare, here]) in [("a second", &rates), ("µs each", &costs)] {
-            let ratio = here.median() / bare.median();
-            row(&[&format!("{name}, {what}"), &bare.show(), &here.show(), &format!("{ratio:.3}")]);
+        for (what, [bare, here, ratio]) in ["a second", "µs of its processor each"].into_iter().zip(&measured) {
+            row(&[&format!("{name}, {what}"), &bare.show(), &here.show(), &ratio.show()]);
         }
     }
     println!();

@@ -5,7 +5,7 @@
 //! Only of `shutdown` does it look at what is shut: the sending side is that of a connection.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -135,13 +135,24 @@ pub(crate) fn install_filter() -> io::Result<OwnedFd> {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => install(libc::SECCOMP_FILTER_FLAG_NEW_LISTENER),
         result => result,
     };
-    match either() {
+    let listener = match either() {
         Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
             nix::sys::prctl::set_no_new_privs()?;
             either()
         }
         result => result,
-    }
+    }?;
+    wake_on_the_same_processor(listener.as_fd());
+    Ok(listener)
+}
+
+/// Whoever decides runs where the caller waits, which is sooner than on a processor that sleeps (Linux 6.6).
+fn wake_on_the_same_processor(listener: BorrowedFd<'_>) {
+    // By linux/seccomp.h; libc does not have it.
+    const SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP: libc::c_ulong = 1;
+    let (listener, flags) = (listener.as_raw_fd(), SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP);
+    // SAFETY: the flags are a number, and no memory is touched. EINVAL by an older kernel: it goes without.
+    unsafe { libc::ioctl(listener, libc::SECCOMP_IOCTL_NOTIF_SET_FLAGS, flags) };
 }
 
 /// Whether the kernel has what [`install_filter`] and [`pidfd_getfd`](super::pidfd_getfd) need, and lets this process
