@@ -10,9 +10,10 @@ pub(crate) mod messages;
 pub(crate) mod server;
 
 pub use client::{Answer, Client};
+pub(crate) use find::state_of;
 pub use find::{Service, Target, services};
 #[cfg(feature = "cli")]
-pub(crate) use find::{service_of, state_of, unix_sockets};
+pub(crate) use find::{service_of, unix_sockets};
 pub use messages::{
     AcceptedEvent, BuildIdentity, ConnectionCounts, LastUpgrade, Limits, ListenerStatus, Outcome, ResultEvent,
     StageEvent, StageName, State, Status, UpgradeRequest, Wait, WorkerStatus,

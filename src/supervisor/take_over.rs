@@ -63,7 +63,10 @@ impl TakenOver {
             let cause = format!("it does not listen on {}; it does on {}", missing.address, have.join(", "));
             return Err(Error::new(ErrorKind::Failed, tried, cause));
         }
-        found.retain(|taken| wanted.is_empty() || wanted.iter().any(|one| is_it(taken, one)));
+        found.retain(|taken| match wanted {
+            [] => !may_be_of_a_client(pid, taken),
+            _ => wanted.iter().any(|one| is_it(taken, one)),
+        });
         if found.is_empty() {
             let error = Error::new(ErrorKind::Failed, tried, "neither it nor what it has started listens on anything");
             return Err(error.mend("`ss -lnp` shows which process listens where"));
@@ -131,7 +134,7 @@ fn listening(pid: Pid, known: &mut HashSet<u64>) -> io::Result<Vec<(Kind, Taken)
         let Ok(address) = Address::of(fd.as_fd()) else { continue };
         let serves = match kind {
             Kind::Tcp | Kind::Unix => socket.is_listener()?,
-            Kind::Udp | Kind::UnixDatagram => socket.peer_addr().is_err() && !was_bound_by_kernel(&address),
+            Kind::Udp | Kind::UnixDatagram => socket.peer_addr().is_err(),
         };
         if serves {
             known.insert(inode);
@@ -145,8 +148,20 @@ fn listening(pid: Pid, known: &mut HashSet<u64>) -> io::Result<Vec<(Kind, Taken)
     Ok(found)
 }
 
-/// As the socket of a client is when it sends for the first time: ip(7), unix(7). So may be one of a server that asked for any
-/// port, but nobody could find that by its address again.
+/// Nobody listens there again if it is, so it is taken only if it is named.
+fn may_be_of_a_client(server: Pid, (kind, taken): &(Kind, Taken)) -> bool {
+    let is_datagram = matches!(kind, Kind::Udp | Kind::UnixDatagram);
+    let address = &taken.address;
+    let may_be = is_datagram && was_bound_by_kernel(address);
+    if may_be {
+        log::info!(
+            "what process {server} has at {address} may be a client's, and is left to it: --listen would take it"
+        );
+    }
+    may_be
+}
+
+/// As the socket of a client is when it sends for the first time: ip(7), unix(7).
 fn was_bound_by_kernel(address: &Address) -> bool {
     match address {
         Address::Ip(ip) => {

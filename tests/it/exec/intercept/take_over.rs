@@ -26,6 +26,30 @@ fn what_a_server_has_as_a_client_is_not_taken() {
     assert!(old.wait().unwrap().success());
     assert_eq!(server.sockets().len(), 1);
     assert_eq!(ask(address, "/").answerer().generation, 1);
+    assert!(server.home.log().contains("may be a client's, and is left to it: --listen would take it"));
+}
+
+/// Among the ports that the kernel gives to clients.
+#[test]
+fn one_that_could_be_of_a_client_is_taken_if_it_is_named() {
+    const PORT: u16 = 45_678;
+    let (home, address) = (Home::new(), SocketAddr::new(own_address().ip(), PORT));
+    let udp = format!("udp:{address}");
+    let program = plain();
+    let program = [program.to_str().unwrap(), "poll", &udp];
+    let mut old = started_plainly(&home, &program[1..]);
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.set_read_timeout(Some(std::time::Duration::from_millis(100))).unwrap();
+    let mut buffer = [0; 64];
+    let mut answered_by = |generation: u64| {
+        let length = client.send_to(b"x", address).and_then(|_| client.recv(&mut buffer)).ok()?;
+        buffer[..length].starts_with(format!("gen={generation} ").as_bytes()).then_some(())
+    };
+    eventually("the server", || answered_by(0));
+    let server = exec_in(home, &["--take-over", &old.id().to_string(), "--listen", &udp], &program);
+    assert!(old.wait().unwrap().success());
+    eventually("its place to be taken", || answered_by(1));
+    assert_eq!(server.sockets().len(), 1);
 }
 
 fn started_plainly(home: &Home, arguments: &[&str]) -> std::process::Child {
