@@ -58,22 +58,24 @@ was_interrupted() {
 }
 
 fuzz_one() {
-    local target=$1 log="$work/log/$1" end=$((SECONDS + seconds)) input
+    local target=$1 log="$work/log/$1" end=$((SECONDS + seconds)) left=$seconds input
     mkdir -p "$work/corpus/$target"
-    : >"$log"
-    while ((SECONDS < end)) && ! run_target "$target" -max_total_time=$((end - SECONDS)) -print_final_stats=1 \
-        "$work/corpus/$target" "tests/data/fuzz/$target" >>"$log" 2>&1; do
+    : >"$log.before"
+    while ((left > 0)) && ! run_target "$target" -max_total_time="$left" -print_final_stats=1 \
+        "$work/corpus/$target" "tests/data/fuzz/$target" >"$log" 2>&1; do
         input=$(sed -n 's/.*Test unit written to //p' "$log" | tail -n 1)
         was_interrupted "$target" "$input" || {
             printf '%s%-14s found something: %s%s\n' "$red" "$target" "$log" "$plain"
             grep -m 3 -E 'panicked at|ERROR:|Test unit written' "$log" || true
             return 1
         }
+        cat "$log" >>"$log.before"
+        left=$((end - SECONDS))
     done
     awk -v target="$target" '
         / cov: / { for (i = 1; i < NF; i++) { if ($i == "cov:") cov = $(i + 1); if ($i == "ft:") ft = $(i + 1) } }
         /number_of_executed_units/ { runs += $2 }
-        END { printf "%-14s %12d runs, %6d edges, %6d features\n", target, runs, cov, ft }' "$log"
+        END { printf "%-14s %12d runs, %6d edges, %6d features\n", target, runs, cov, ft }' "$log.before" "$log"
 }
 
 # What reaches code that nothing reaches which is kept already; how often it is reached does not count here, or thousands

@@ -214,7 +214,7 @@ wrong() {
     die "$service, step $step (seed $seed): $*"
 }
 
-# ask VERB OPTIONS...: sets $code; what is answered is in $scratch/answer-SERVICE.json
+# ask VERB OPTIONS...: sets $code; what is answered is in $scratch/answer.json
 ask() {
     code=0
     timeout 120 "$handover" "$1" --pid "$main" --json "${@:2}" >"$scratch/answer.json" 2>&1 || code=$?
@@ -450,7 +450,7 @@ look_after_workers() {
 are_others() {
     local now
     now=$(in_list workers)
-    [[ $now != *"$1"* && $(wc -l <<<"$now") == "$2" && $(status) != *'"state":"starting"'* ]]
+    ! grep -qxF "$1" <<<"$now" && [[ $(wc -l <<<"$now") == "$2" && $(status) != *'"state":"starting"'* ]]
 }
 
 do_step() {
@@ -539,10 +539,13 @@ end_all() {
     set +e
     [[ -z $group ]] || end_group
     for service in "${services[@]}"; do
-        for pid in $(processes); do
-            kill -KILL "$pid"
-            wait "$pid"
-        done 2>/dev/null
+        # A supervisor may start one more before its own turn comes.
+        for _ in {1..5}; do
+            for pid in $(processes); do
+                kill -KILL "$pid"
+                wait "$pid"
+            done 2>/dev/null
+        done
     done
     (exit "$code")
     stop_everything

@@ -42,9 +42,10 @@ impl Upstream {
         Self { channel, stderr, adopted, pulled_from, begun: Instant::now(), told_accepting: 0 }
     }
 
-    /// A process that dies closes its channel a moment before it is gone.
+    /// A process that dies closes its channel before it is gone, and with very many connections that takes it a while. One that
+    /// lives has opened its gate again meanwhile, so nobody waits for this.
     fn old_process_lives(&self) -> bool {
-        const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
+        const DEATH_TIMEOUT: Duration = Duration::from_secs(10);
         let is_gone = |old: &OwnedFd| {
             crate::poll::wait(old.as_fd(), PollFlags::POLLIN, Some(Instant::now() + DEATH_TIMEOUT)).unwrap_or(true)
         };

@@ -40,7 +40,7 @@ pub(crate) struct Handed {
     pub(crate) channel: Option<Channel>,
     /// The answer that is due, if it is.
     pub(crate) adopted: Option<Message>,
-    /// Of a pull: the old process, which cannot kill this one.
+    /// Of a pull: the old process, which does not kill this one before commit.
     pub(crate) pulled_from: Option<OwnedFd>,
     pub(crate) parts: HandedParts,
 }

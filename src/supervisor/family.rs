@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use nix::unistd::Pid;
 
+use crate::control::state_of;
+
 /// More are not looked at.
 const PROCESSES_MAX: usize = 1024;
 
@@ -14,6 +16,31 @@ pub(super) fn of(root: Pid) -> Vec<Pid> {
     let mut family = vec![root];
     let _ = extend(&mut family);
     family
+}
+
+/// The inodes of the sockets of a worker and of all that it has started, as far as they can be seen.
+pub(super) fn sockets(worker: Pid) -> Vec<u64> {
+    let fds = of(worker).into_iter().filter_map(|pid| fds(pid).ok()).flatten();
+    fds.filter_map(|(_, link)| socket_inode(&link)).collect()
+}
+
+/// The same, if nothing is left out and the worker lives.
+pub(super) fn all_sockets(worker: Pid) -> io::Result<Vec<u64>> {
+    let mut family = vec![worker];
+    extend(&mut family)?;
+    if family.len() >= PROCESSES_MAX {
+        return Err(io::Error::other("it has started too many processes"));
+    }
+    let mut sockets = vec![];
+    for pid in family {
+        match fds(pid) {
+            // One that has ended and was not waited for has none, and is root's.
+            Err(_) if state_of(pid.as_raw()).is_none_or(|state| state == 'Z') => {}
+            fds => sockets.extend(fds?.iter().filter_map(|(_, link)| socket_inode(link))),
+        }
+    }
+    // It may have ended meanwhile.
+    if has_fds(worker) { Ok(sockets) } else { Err(io::Error::other("it has ended")) }
 }
 
 /// By all descendants of the first.
@@ -53,18 +80,6 @@ pub(super) fn fds(pid: Pid) -> io::Result<Vec<(i32, PathBuf)>> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
     let fd = |entry: fs::DirEntry| Some((entry.file_name().to_str()?.parse().ok()?, fs::read_link(entry.path()).ok()?));
     Ok(entries.filter_map(fd).collect())
-}
-
-/// The inodes of the sockets of a worker and of all that it has started: all of them, or an error.
-pub(super) fn sockets(worker: Pid) -> io::Result<Vec<u64>> {
-    let mut family = vec![worker];
-    extend(&mut family)?;
-    let mut sockets = vec![];
-    for pid in family {
-        let fds = unless_ended(fds(pid))?.unwrap_or_default();
-        sockets.extend(fds.iter().filter_map(|(_, link)| socket_inode(link)));
-    }
-    Ok(sockets)
 }
 
 /// The kernel takes them all away at once when a process ends, however it does.

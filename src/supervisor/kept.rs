@@ -49,6 +49,8 @@ pub(super) struct KeptSocket {
     stage: Stage,
     /// No generation that was committed has it yet.
     is_new: bool,
+    /// A new build is not ready before it listens there.
+    is_awaited: bool,
     fd: OwnedFd,
 }
 
@@ -76,7 +78,19 @@ impl KeptSocket {
         let Some(kind) = kind_of(fd.as_fd())? else { return Ok(None) };
         let cookie = SockRef::from(&fd).cookie()?;
         let inode = inode_of(fd.as_fd())?;
-        Ok(Some(Self { name, kind, address, any_port, cookie, inode, identity: None, stage, is_new: true, fd }))
+        Ok(Some(Self {
+            name,
+            kind,
+            address,
+            any_port,
+            cookie,
+            inode,
+            identity: None,
+            stage,
+            is_new: true,
+            is_awaited: true,
+            fd,
+        }))
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -267,7 +281,13 @@ impl Kept {
             let address = Address::of(socket.fd.as_fd()).ok()?;
             Some(Watched { name: socket.address.to_string(), inode: socket.inode, address })
         };
-        self.serving().filter_map(watched)
+        self.serving().filter(|socket| socket.is_awaited).filter_map(watched)
+    }
+
+    pub(super) fn await_only(&mut self, is_held: impl Fn(u64) -> bool) {
+        for socket in &mut self.sockets {
+            socket.is_awaited = is_held(socket.inode);
+        }
     }
 
     pub(super) fn addresses(&self) -> impl Iterator<Item = Address> {
@@ -298,6 +318,7 @@ impl Kept {
         let mut claims = Claims::default();
         for socket in self.sockets.iter_mut().filter(|socket| socket.serves()) {
             let is_new = std::mem::take(&mut socket.is_new);
+            socket.is_awaited = true;
             let which = match is_held(socket.inode) {
                 true if is_new => &mut claims.added,
                 true => &mut claims.kept,

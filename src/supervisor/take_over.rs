@@ -155,7 +155,7 @@ fn may_be_of_a_client(server: Pid, (kind, taken): &(Kind, Taken)) -> bool {
     let may_be = is_datagram && was_bound_by_kernel(address);
     if may_be {
         log::info!(
-            "what process {server} has at {address} may be a client's, and is left to it: --listen would take it"
+            "what process {server} has at {address} may be a client's, and is left to it: name all of its addresses with --listen if it is not"
         );
     }
     may_be
@@ -164,6 +164,7 @@ fn may_be_of_a_client(server: Pid, (kind, taken): &(Kind, Taken)) -> bool {
 /// As the socket of a client is when it sends for the first time: ip(7), unix(7).
 fn was_bound_by_kernel(address: &Address) -> bool {
     match address {
+        Address::Ip(ip) if !ip.ip().is_unspecified() => false,
         Address::Ip(ip) => {
             let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
             let mut range = range.split_ascii_whitespace().filter_map(|port| port.parse::<u16>().ok());

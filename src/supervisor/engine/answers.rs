@@ -130,8 +130,7 @@ impl Supervisor {
             log::warn!("{verb} refused: {}", busy.message);
             return requester.client().into_iter().for_each(|client| self.finish_with(client, busy.clone()));
         }
-        // What nobody has any more the new build is not to listen on.
-        self.close_unwanted();
+        self.await_what_is_held();
         let (begun, generation) = (Instant::now(), self.machine.generation() + 1);
         let terms = self.terms_of(&order, generation);
         let ready_delay = request.ready_delay();

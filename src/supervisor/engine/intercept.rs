@@ -288,9 +288,16 @@ impl Supervisor {
             return None;
         }
         let pids = ids.iter().filter_map(|id| self.workers.get(id)).map(|worker| worker.pid);
-        let held: io::Result<Vec<Vec<u64>>> = pids.map(family::sockets).collect();
+        let held: io::Result<Vec<Vec<u64>>> = pids.map(family::all_sockets).collect();
         let held = held.inspect_err(|error| log::debug!("cannot see which sockets the program has: {error}")).ok()?;
         Some(held.into_iter().flatten().collect())
+    }
+
+    /// What the generation that serves does not have the next one need not listen on.
+    pub(super) fn await_what_is_held(&mut self) {
+        if let Some(held) = self.held_by_all() {
+            self.sockets.kept.await_only(|inode| held.contains(&inode));
+        }
     }
 
     /// Closes what no process of the generation that serves has, and says what that was.
@@ -356,7 +363,7 @@ fn is_of_one_process(address: &Address, pid: Pid) -> bool {
 
 /// Whether the worker, or what it has started, has a socket with that inode. It is looked only if somebody asks.
 fn is_held_by(worker: Option<Pid>) -> impl Fn(u64) -> bool {
-    let held = LazyCell::new(move || worker.and_then(|worker| family::sockets(worker).ok()).unwrap_or_default());
+    let held = LazyCell::new(move || worker.map(family::sockets).unwrap_or_default());
     move |inode| held.contains(&inode)
 }
 
