@@ -294,6 +294,26 @@ fn clients_wait_while_a_crashed_program_is_started_again() {
     assert_eq!(server.sockets(), sockets);
 }
 
+/// The supervisor learns of both at the same moment.
+#[test]
+fn a_program_that_crashes_when_an_upgrade_is_asked_for() {
+    let address = own_address();
+    let server = exec_at(address, &[]);
+    let sockets = server.sockets();
+    for _ in 0..3 {
+        let worker = server.wait_for_workers(1)[0];
+        server.freeze(server.first_pid());
+        server.signal(worker, Signal::SIGKILL);
+        eventually("its end", || crate::server::has_ended(worker).then_some(()));
+        server.signal(server.first_pid(), Signal::SIGUSR2);
+        server.thaw(server.first_pid());
+        eventually("another worker", || (*server.wait_for_workers(1) != [worker]).then_some(()));
+        server.wait_until(server.first_pid(), handover::control::State::Serving);
+        assert_eq!(server.sockets(), sockets);
+        assert!(!ask(address, "/").try_answer().unwrap().is_empty());
+    }
+}
+
 #[test]
 fn one_after_the_other_and_restarted() {
     let address = own_address();
