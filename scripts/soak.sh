@@ -369,7 +369,8 @@ has_connections() {
 spare() {
     step+=+
     pause 0 100
-    kill -CONT "$struck"
+    # It may have been killed as one that stands still.
+    kill -CONT "$struck" 2>/dev/null || true
     wait_for_answer
     wants 0
 }
