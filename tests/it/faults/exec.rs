@@ -20,6 +20,9 @@ use Fault as F;
 const BEFORE_THE_PROGRAM: (&[Fault], &str) =
     (&[F::Short, F::Count, F::Ended], "the program does not run yet, and what runs says nothing");
 
+const SECOND_FRAME: (&[Fault], &str) =
+    (&[F::Short], "whether another frame follows, that would be taken for the rest, depends on who is faster");
+
 const SUPERVISOR: Matrix = Matrix {
     heading: "`handover exec`: the fault comes when …",
     faults: &Fault::ALL,
@@ -46,7 +49,7 @@ const WORKER: Matrix = Matrix {
         step("ready", "… says `ready`", &[]),
         step("new: ready", "… has said it", &[NO_FRAME]),
         step("new: commit", "… has read `commit`", &[NO_FRAME]),
-        step("accepting", "… has opened its gate, says `accepting`", &[]),
+        step("accepting", "… has opened its gate, says `accepting`", &[SECOND_FRAME]),
         step("new: accepting", "… has said it", &[NO_FRAME]),
         step("new: settled", "… has read `settled`", &[NO_FRAME, NO_CHANNEL]),
     ],
