@@ -10,7 +10,7 @@
 #   --seed S       of the random numbers, to repeat a run
 #
 #   library        examples/axum.rs
-#   exec           a program under `handover exec`, with 4 workers that take 3 listeners by LISTEN_FDS
+#   exec           a program under `handover exec`, with 4 workers that take 10 listeners by LISTEN_FDS
 #   any            a program under `handover exec` that binds its port by itself
 #   systemd        examples/axum.rs under systemd
 #   systemd-exec   the same under `handover exec` under systemd, with 2 workers and the fd store
@@ -33,12 +33,13 @@
 #
 # Each step has to end as it should, also in the number of generations. When the clients have gone, no older process, no
 # connection and no zombie may be left; the serving process, or the supervisor, must have as many file descriptors and
-# threads as after the first round, and no more memory than that and a quarter (and 2 MiB). Fails at the first round in
+# threads as after the first round, and no more memory than that and a quarter (and 2 MiB), a supervisor 5 MiB at most. Fails at the first round in
 # which that is not so. The services of systemd need root; systemd is process 1 of namespaces of its own.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 source scripts/boot.sh
 
+supervisor_kib_max=5120
 rounds='' minutes=0 steps_max=8 seed=$RANDOM services=()
 while (($#)); do
     case $1 in
@@ -135,12 +136,12 @@ UNIT
 }
 
 start() {
-    local pid_file="$programs/$service.pid"
+    local pid_file="$programs/$service.pid" listen=() n
+    for n in {1..10}; do listen+=(--listen 127.0.0.1:0); done
     install_good
     case $service in
         library) in_background "$programs/library" --listen 127.0.0.1:0 --pid-file "$pid_file" ;;
-        exec) in_background "$programs/handover" exec --listen 127.0.0.1:0 --listen 127.0.0.1:0 --listen 127.0.0.1:0 \
-            --workers 4 --pid-file "$pid_file" -- "$programs/exec" ;;
+        exec) in_background "$programs/handover" exec "${listen[@]}" --workers 4 --pid-file "$pid_file" -- "$programs/exec" ;;
         any) in_background "$programs/handover" exec --pid-file "$pid_file" -- "$programs/any" poll 127.0.0.1:0 ;;
         systemd) write_unit "$lab/programs/systemd" --listen 127.0.0.1:0 --pid-file "$lab/programs/systemd.pid" ;;
         systemd-exec) write_unit "$lab/programs/handover" exec --listen http=127.0.0.1:0 --workers 2 --fd-store \
@@ -531,6 +532,7 @@ compare() {
         die "$service had ${first[$service]} after its first round: $(ls -l "/proc/$main/fd")"
     ((kib <= first_kib[$service] + first_kib[$service] / 4 + 2048)) ||
         die "$service: memory has grown from ${first_kib[$service]} KiB"
+    ! is_supervised || ((kib <= supervisor_kib_max)) || die "$service: the supervisor has $kib KiB"
     ((dead == 0)) || die "$service: zombies are left"
 }
 

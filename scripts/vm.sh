@@ -216,7 +216,7 @@ init() {
     cat <<INIT
 #!/bin/busybox sh
 export PATH=/bin
-/bin/busybox mkdir -p /proc /sys /dev /lower /over /root
+/bin/busybox mkdir -p /proc /sys /dev /lower /over /new
 /bin/busybox --install -s /bin
 mount -t proc none /proc && mount -t sysfs none /sys && mount -t devtmpfs none /dev
 stty -onlcr
@@ -224,20 +224,20 @@ for module in $*; do insmod /modules/\$module; done
 options=trans=virtio,version=9p2000.L,msize=262144
 mount -t 9p -o ro,cache=loose,\$options root /lower
 mount -t tmpfs none /over && mkdir /over/upper /over/work
-mount -t overlay -o lowerdir=/lower,upperdir=/over/upper,workdir=/over/work none /root
-for name in proc sys dev; do mkdir -p /root/\$name && mount --move /\$name /root/\$name; done
-mkdir -p /root/dev/pts /root/dev/shm /root/tmp
-mount -t devpts none /root/dev/pts
-for directory in dev/shm tmp run; do mount -t tmpfs -o mode=1777 none /root/\$directory; done
-chmod 755 /root/run
-mount -t cgroup2 none /root/sys/fs/cgroup
-ln -s /proc/self/fd /root/dev/fd
-mkdir -p /root/run/vm /root$PWD /root$target
-mount -t 9p -o cache=none,\$options shared /root/run/vm
-mount -t 9p -o ro,cache=loose,\$options repository /root$PWD
-mount -t 9p -o ro,cache=loose,\$options target /root$target
+mount -t overlay -o lowerdir=/lower,upperdir=/over/upper,workdir=/over/work none /new
+for name in proc sys dev; do mkdir -p /new/\$name && mount --move /\$name /new/\$name; done
+mkdir -p /new/dev/pts /new/dev/shm /new/tmp
+mount -t devpts none /new/dev/pts
+for directory in dev/shm tmp run; do mount -t tmpfs -o mode=1777 none /new/\$directory; done
+chmod 755 /new/run
+mount -t cgroup2 none /new/sys/fs/cgroup
+ln -s /proc/self/fd /new/dev/fd
+mkdir -p /new/run/vm /new$PWD /new$target
+mount -t 9p -o cache=none,\$options shared /new/run/vm
+mount -t 9p -o ro,cache=loose,\$options repository /new$PWD
+mount -t 9p -o ro,cache=loose,\$options target /new$target
 ip link set lo up
-exec switch_root /root /bin/sh /run/vm/run
+exec switch_root /new /bin/sh /run/vm/run
 INIT
 }
 

@@ -313,7 +313,7 @@ impl Engine {
         self.old_comes_to("old: settled");
     }
 
-    pub(super) fn old_comes_to(&self, step: &str) {
+    fn old_comes_to(&self, step: &str) {
         fault::reached(step, self.attempt.as_ref().and_then(|attempt| attempt.channel.as_ref()));
     }
 

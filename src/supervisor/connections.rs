@@ -11,30 +11,23 @@ use crate::control::unix_sockets;
 use crate::listeners::Address;
 use crate::sock_diag::tcp_connections;
 
-/// A count that was made for `status`, which anybody may ask for as often as he likes.
+/// The last count that was made for `status`, which anybody may ask for as often as he likes.
+#[derive(Default)]
 pub(super) struct Counted {
     workers: Vec<Pid>,
     open: Vec<usize>,
-    /// When another is due: the kernel looks through all the sockets there are, so that takes a tenth of the time at most.
-    due: Instant,
+    due: Option<Instant>,
 }
 
 impl Counted {
-    const COST: u32 = 10;
-
-    pub(super) fn now(workers: Vec<Pid>, addresses: &[Address]) -> Self {
+    /// The same as [`open`]. The kernel looks through all the sockets there are, so that takes a tenth of the time at most.
+    pub(super) fn open(&mut self, workers: Vec<Pid>, addresses: &[Address]) -> Vec<usize> {
         let begun = Instant::now();
-        let open = open(&workers, addresses);
-        let now = Instant::now();
-        Self { workers, open, due: now + Self::COST * (now - begun) }
-    }
-
-    /// The count, if it is one of these workers and no other is due.
-    pub(super) fn of(&self, workers: &[Pid]) -> Option<Vec<usize>> {
-        (self.workers == workers && Instant::now() < self.due).then(|| self.open.clone())
-    }
-
-    pub(super) fn open(&self) -> Vec<usize> {
+        if self.workers != workers || self.due.is_none_or(|due| due <= begun) {
+            self.open = open(&workers, addresses);
+            self.workers = workers;
+            self.due = Some(Instant::now() + 10 * begun.elapsed());
+        }
         self.open.clone()
     }
 }
@@ -82,12 +75,12 @@ mod tests {
     #[test]
     fn a_count_is_good_for_ten_times_as_long_as_it_took() {
         let (us, now) = (vec![Pid::this()], Instant::now());
-        let counted = |due| Counted { workers: us.clone(), open: vec![3], due };
-        assert_eq!(counted(now + Duration::from_secs(60)).of(&us), Some(vec![3]));
-        assert_eq!((counted(now).of(&us), counted(now + Duration::from_secs(60)).of(&[])), (None, None));
-        let counted = Counted::now(us.clone(), &[]);
-        assert_eq!(counted.open(), [0]);
-        assert!(counted.due > now);
+        let counted = |due| Counted { workers: us.clone(), open: vec![3], due: Some(due) };
+        let fresh = || counted(now + Duration::from_secs(60));
+        assert_eq!((fresh().open(us.clone(), &[]), fresh().open(vec![], &[])), (vec![3], vec![]));
+        let mut stale = counted(now);
+        assert_eq!(stale.open(us.clone(), &[]), [0]);
+        assert!(stale.due.is_some_and(|due| due > now));
     }
 
     #[test]

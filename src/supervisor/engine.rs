@@ -104,7 +104,7 @@ pub(super) struct Supervisor {
     blocked: Vec<Stream>,
     cut: usize,
     last_count: Option<usize>,
-    counted: Option<Counted>,
+    counted: Counted,
     not_started: Option<Error>,
 }
 
@@ -228,7 +228,7 @@ impl Supervisor {
             blocked: vec![],
             cut: 0,
             last_count: None,
-            counted: None,
+            counted: Counted::default(),
             not_started: None,
         }
     }

@@ -164,7 +164,7 @@ impl Server {
         // As many as may drain at a time, and slow requests take theirs.
         const DRAINING_MAX: usize = 4;
         for generation in (2..).take(times as usize) {
-            load.wait_for_more(20, LONG).unwrap();
+            load.wait_for_more(50, LONG).unwrap();
             self.upgrade(&["--trial", trial]).exits_with(0);
             load.wait_for_generation(generation, LONG).unwrap();
             eventually("room for one more", || (self.serving().draining.len() < DRAINING_MAX).then_some(()));

@@ -295,9 +295,8 @@ impl Supervisor {
 
     /// What the generation that serves does not have the next one need not listen on.
     pub(super) fn await_what_is_held(&mut self) {
-        if let Some(held) = self.held_by_all() {
-            self.sockets.kept.await_only(|inode| held.contains(&inode));
-        }
+        let held = self.held_by_all();
+        self.sockets.kept.await_only(|inode| held.as_ref().is_none_or(|held| held.contains(&inode)));
     }
 
     /// Closes what no process of the generation that serves has, and says what that was.

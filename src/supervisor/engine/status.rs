@@ -6,7 +6,6 @@ use super::{MAX_DRAINING, Supervisor};
 use crate::control::{ConnectionCounts, Limits, State, Status, WorkerStatus};
 use crate::protocol::DrainingGeneration;
 use crate::shared::unix_ms;
-use crate::supervisor::connections::Counted;
 use crate::supervisor::machine::{self, Phase, Stage, WorkerId};
 use crate::supervisor::worker::Worker;
 
@@ -22,17 +21,9 @@ impl Supervisor {
         draining.filter_map(|(id, _)| Some((id, self.workers.get(&id)?.pid))).collect()
     }
 
-    /// Of each of these workers.
-    fn counted(&mut self, workers: Vec<Pid>) -> Vec<usize> {
-        if let Some(open) = self.counted.as_ref().and_then(|counted| counted.of(&workers)) {
-            return open;
-        }
-        self.counted.insert(Counted::now(workers, &self.sockets.addresses())).open()
-    }
-
     pub(super) fn status(&mut self) -> Status {
         let pids: Vec<Pid> = self.both().map(|(_, worker)| worker.pid).collect();
-        let open = self.counted(pids);
+        let open = self.counted.open(pids, &self.sockets.addresses());
         let mut workers: Vec<WorkerStatus> =
             self.both().zip(&open).map(|((seen, worker), open)| self.worker_status(seen, worker, *open)).collect();
         workers.extend(self.awaited());

@@ -20,9 +20,6 @@ use Fault as F;
 const BEFORE_THE_PROGRAM: (&[Fault], &str) =
     (&[F::Short, F::Count, F::Ended], "the program does not run yet, and what runs says nothing");
 
-const SECOND_FRAME: (&[Fault], &str) =
-    (&[F::Short], "whether another frame follows, that would be taken for the rest, depends on who is faster");
-
 const SUPERVISOR: Matrix = Matrix {
     heading: "`handover exec`: the fault comes when …",
     faults: &Fault::ALL,
@@ -49,7 +46,7 @@ const WORKER: Matrix = Matrix {
         step("ready", "… says `ready`", &[]),
         step("new: ready", "… has said it", &[NO_FRAME]),
         step("new: commit", "… has read `commit`", &[NO_FRAME]),
-        step("accepting", "… has opened its gate, says `accepting`", &[SECOND_FRAME]),
+        step("accepting", "… has opened its gate, says `accepting`", &[]),
         step("new: accepting", "… has said it", &[NO_FRAME]),
         step("new: settled", "… has read `settled`", &[NO_FRAME, NO_CHANNEL]),
     ],
@@ -110,7 +107,12 @@ fn in_the_supervisor() {
 
 #[test]
 fn in_a_worker() {
-    WORKER.holds(|step, fault| Cell::start(step, fault, false, Program::OfTheLibrary).run());
+    WORKER.holds(|step, fault| {
+        let outcome = Cell::start(step, fault, false, Program::OfTheLibrary).run();
+        // Whether another frame follows, that is taken for the rest, depends on when its threads come to wait.
+        let is_chance = step.point == "accepting" && fault == F::Short && ["old", "new"].contains(&outcome);
+        if is_chance { "either" } else { outcome }
+    });
 }
 
 #[derive(Clone, Copy)]

@@ -1,5 +1,7 @@
 //! The library on both sides.
 
+use handover::control::Status;
+
 use super::{CLIENTS, Fault, Fired, Matrix, Step, TIMES, address, assert_lost_at_most, load};
 use crate::home::{Home, fixture};
 use crate::oracle::{Outcome as Ended, Running};
@@ -111,12 +113,7 @@ impl Cell {
         load.wait_for_more(10, LONG).unwrap();
         let tally = load.stop();
         let old_was_killed = fault.kills() && failed == old;
-        let outcome = match (serving.pid == old, serving.generation) {
-            (true, _) => "old",
-            (false, 2) => "new",
-            // It was not handed anything: what was in the queue was lost with the socket.
-            (false, _) => "new, afresh",
-        };
+        let outcome = outcome(&serving, old);
         match outcome {
             "old" => {
                 // The end of the channel is the death of the old process to it, until that kills it.
@@ -132,14 +129,27 @@ impl Cell {
             _ => {
                 assert!(old_was_killed, "{}", server.home.log());
                 assert_eq!((tally.count(Ended::TimedOut), tally.count(Ended::Wrong)), (0, 0), "{tally}");
-                // It does not know whom it follows; what others have left is removed by whoever starts a minute later.
-                std::fs::remove_file(server.home.control().join(format!("{old}.sock"))).unwrap();
+                remove_socket_of(&server, old);
             }
         }
         assert!(outcome == "new, afresh" || serving.listeners[0].cookie == cookie, "another socket");
         assert_next_upgrade_works(&server);
         outcome
     }
+}
+
+pub(super) fn outcome(serving: &Status, old: i32) -> &'static str {
+    match (serving.pid == old, serving.generation) {
+        (true, _) => "old",
+        (false, 2) => "new",
+        // It was not handed anything: what was in the queue was lost with the socket.
+        (false, _) => "new, afresh",
+    }
+}
+
+/// One that starts afresh does not know whom it follows; what others have left is removed by whoever starts a minute later.
+pub(super) fn remove_socket_of(server: &Server, old: i32) {
+    std::fs::remove_file(server.home.control().join(format!("{old}.sock"))).unwrap();
 }
 
 #[track_caller]

@@ -1,12 +1,14 @@
 //! `handover restart`: the old process ends before the new one runs.
 
-use super::library::{FDS_MAX, NO_CHANNEL, NO_FRAME, NO_NEW_BUILD, assert_next_upgrade_works, start, step};
+use super::library::{
+    NO_CHANNEL, NO_FRAME, NO_NEW_BUILD, assert_next_upgrade_works, outcome, remove_socket_of, start, step,
+};
 use super::{CLIENTS, Fault, Fired, Matrix, Step, address, assert_lost_at_most, load};
 use handover::control::State;
 
 use crate::home::Home;
 use crate::oracle::Outcome as Ended;
-use crate::server::{fds_of, has_ended};
+use crate::server::has_ended;
 use crate::wait::{LONG, eventually};
 
 use Fault as F;
@@ -67,11 +69,7 @@ fn cell(step: Step, fault: Fault) -> &'static str {
         run.exits_with(8);
         return "nobody";
     };
-    let outcome = match (serving.pid == old, serving.generation) {
-        (true, _) => "old",
-        (false, 2) => "new",
-        (false, _) => "new, afresh",
-    };
+    let outcome = outcome(&serving, old);
     match outcome {
         "old" => {
             run.exits_with(1);
@@ -82,10 +80,9 @@ fn cell(step: Step, fault: Fault) -> &'static str {
             let old_was_killed = failed == old && (fault.kills() || fault == F::Continued);
             assert_lost_at_most(if old_was_killed { CLIENTS } else { 0 }, &tally);
         }
-        _ => std::fs::remove_file(server.home.control().join(format!("{old}.sock"))).unwrap(),
+        _ => remove_socket_of(&server, old),
     }
     assert!(outcome == "new, afresh" || serving.listeners[0].cookie == cookie, "another socket");
-    eventually("fds again", || (fds_of(serving.pid).len() < FDS_MAX / 2).then_some(()));
     assert_next_upgrade_works(&server);
     outcome
 }

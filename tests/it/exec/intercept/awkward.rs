@@ -64,6 +64,17 @@ fn a_process_outside_the_tree_of_the_program_is_given_nothing() {
     assert!(text.starts_with("Address already in use"), "{text}");
 }
 
+#[track_caller]
+fn keeps_its_listeners(script: &str, count: usize) {
+    let server = python(script, &[&own_address().to_string()]);
+    let sockets = server.sockets();
+    assert_eq!(sockets.len(), count);
+    for _ in 0..2 {
+        server.upgrade(&["--trial", "0s", "--wait", "drained"]).exits_with(0);
+        assert_eq!(server.sockets(), sockets);
+    }
+}
+
 /// Signals come all the time, as in a Go program: their handlers have SA_RESTART.
 const INTERRUPTED: &str = r#"
 signal.signal(signal.SIGALRM, lambda *_: None)
@@ -76,14 +87,7 @@ wait_on(listeners)
 
 #[test]
 fn calls_that_signals_interrupt_come_to_the_same() {
-    let address = own_address().to_string();
-    let server = python(INTERRUPTED, &[&address]);
-    let sockets = server.sockets();
-    assert_eq!(sockets.len(), 200);
-    for _ in 0..2 {
-        server.upgrade(&["--trial", "0s", "--wait", "drained"]).exits_with(0);
-        assert_eq!(server.sockets(), sockets);
-    }
+    keeps_its_listeners(INTERRUPTED, 200);
 }
 
 /// A child of a shell, with a filter of its own, that binds a privileged port in a thread and then gives its rights up.
@@ -135,12 +139,7 @@ wait_on(listeners)
 
 #[test]
 fn a_program_that_starts_others_while_it_binds() {
-    let address = own_address().to_string();
-    let server = python(STARTS_PROGRAMS, &[&address]);
-    let sockets = server.sockets();
-    assert_eq!(sockets.len(), 50);
-    server.upgrade(&["--wait", "drained"]).exits_with(0);
-    assert_eq!(server.sockets(), sockets);
+    keeps_its_listeners(STARTS_PROGRAMS, 50);
 }
 
 /// Binds by the 32-bit interface of the kernel, `int 0x80`.
