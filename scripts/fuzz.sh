@@ -72,10 +72,13 @@ fuzz_one() {
         cat "$log" >>"$log.before"
         left=$((end - SECONDS))
     done
+    times >"$log.times"
     awk -v target="$target" '
+        FILENAME ~ /times$/ { if (FNR == 2) { split($0, time, /[ms ]+/); processor = time[1] + time[3] + (time[2] + time[4]) / 60 } }
         / cov: / { for (i = 1; i < NF; i++) { if ($i == "cov:") cov = $(i + 1); if ($i == "ft:") ft = $(i + 1) } }
         /number_of_executed_units/ { runs += $2 }
-        END { printf "%-14s %12d runs, %6d edges, %6d features\n", target, runs, cov, ft }' "$log.before" "$log"
+        END { printf "%-16s %6.1f minutes of a processor, %12d runs, %6d edges, %6d features\n", target, processor, runs, cov, ft }
+    ' "$log.times" "$log.before" "$log"
 }
 
 # What reaches code that nothing reaches which is kept already; how often it is reached does not count here, or thousands
