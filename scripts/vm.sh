@@ -89,7 +89,7 @@ inside_processor() {
 inside_idle() {
     sysctl -qw fs.nr_open=2000000 fs.file-max=4000000 net.core.somaxconn=65535 net.ipv4.tcp_max_syn_backlog=65535 \
         'net.ipv4.ip_local_port_range=1024 65535'
-    scripts/idle.sh --connections "$IDLE_CONNECTIONS"
+    scripts/idle.sh --connections "$IDLE_CONNECTIONS" --seconds 1200
 }
 
 # now_ms: by the clock that nobody sets

@@ -103,6 +103,7 @@ mod systemd;
 mod pid_file;
 mod watch;
 mod poll;
+mod reap;
 mod both;
 mod text;
 mod fault;

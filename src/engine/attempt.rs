@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
@@ -16,9 +17,9 @@ use crate::control::messages::{ResultEvent, UpgradeRequest, Wait};
 use crate::control::server::ClientId;
 use crate::control::state_of;
 use crate::protocol::{Claims, OfferedListener};
-use crate::sys;
 use crate::upgrade::stderr::StderrTail;
 use crate::upgrade::{Failure, Origin};
+use crate::{reap, sys};
 
 /// Who asked for an upgrade, and is told how it went.
 pub(super) enum Requester {
@@ -111,7 +112,7 @@ pub(crate) fn milliseconds_since(begun: Instant) -> f64 {
 /// Another process of this service.
 pub(super) struct Process {
     pub(super) pid: Pid,
-    pidfd: OwnedFd,
+    pidfd: Arc<OwnedFd>,
     /// We spawned it, so we reap it.
     is_child: bool,
     exit: Option<String>,
@@ -130,11 +131,11 @@ impl Process {
                 let _ = waitpid(pid, None);
             }
         })?;
-        Ok(Self { pid, pidfd, is_child: true, exit: None })
+        Ok(Self { pid, pidfd: Arc::new(pidfd), is_child: true, exit: None })
     }
 
     pub(super) fn other(pid: Pid, pidfd: OwnedFd) -> Self {
-        Self { pid, pidfd, is_child: false, exit: None }
+        Self { pid, pidfd: Arc::new(pidfd), is_child: false, exit: None }
     }
 
     /// How it ended, once it has; a child is reaped.
@@ -150,12 +151,21 @@ impl Process {
             let ended = crate::poll::wait(self.pidfd.as_fd(), PollFlags::POLLIN, Some(Instant::now()));
             return ended.is_ok_and(|ended| ended).then(|| "ended".to_owned());
         }
-        match waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
-            Ok(status) => exit_words(status),
+        // Only looked at.
+        let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        match waitid(Id::PIDFd(self.pidfd.as_fd()), ended) {
+            Ok(status) => exit_words(status).inspect(|_| self.reap()),
             // Somebody in this process reaps every child, or SIGCHLD is ignored.
             Err(Errno::ECHILD) => Some(REAPED_BY_OTHERS.to_owned()),
             Err(_) => None,
         }
+    }
+
+    fn reap(&self) {
+        let pidfd = Arc::clone(&self.pidfd);
+        reap::aside(move || {
+            let _ = waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
+        });
     }
 
     /// Stopped, by SIGSTOP or a terminal. Only a child is looked at: another pid may mean somebody else here.

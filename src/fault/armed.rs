@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
@@ -45,42 +46,48 @@ impl Asked {
         let file = File::options().write(true).create_new(true).open(&self.file);
         file.and_then(|mut file| writeln!(file, "{}", std::process::id())).is_ok()
     }
+
+    fn happens(&self, channel: Option<&UnixStream>) {
+        match self.fault.as_str() {
+            // To this thread, so that nothing after this is done before it takes effect.
+            "kill" => drop(raise(Signal::SIGKILL)),
+            "stop" => drop(raise(Signal::SIGSTOP)),
+            "end" => drop(channel.map(|channel| channel.shutdown(Shutdown::Both))),
+            "fds" => use_up_fds(),
+            "delay" => thread::sleep(DELAY),
+            // This thread alone, until the test takes the file away.
+            "hold" => {
+                while Path::new(&self.file).exists() {
+                    thread::sleep(Duration::from_millis(5));
+                }
+            }
+            fault => log::error!("{VARIABLE}: no fault is named {fault}"),
+        }
+    }
 }
 
-/// The fault that is due at this step, if one is.
-fn due(step: &str) -> Option<&'static str> {
+/// What is asked for at this step, if that is now.
+fn due(step: &str) -> Option<&'static Asked> {
     static ASKED: OnceLock<Option<Asked>> = OnceLock::new();
     let asked = ASKED.get_or_init(Asked::from_environment).as_ref()?;
-    (asked.step == step && asked.is_first()).then_some(asked.fault.as_str())
+    (asked.step == step && asked.is_first()).then_some(asked)
 }
 
 pub(crate) fn reached(step: &str, channel: Option<&Channel>) {
-    if let Some(fault) = due(step) {
-        happens(fault, channel.map(Channel::stream));
+    if let Some(asked) = due(step) {
+        asked.happens(channel.map(Channel::stream));
     }
 }
 
 pub(crate) fn sends(frame: &str, mut bytes: Vec<u8>, stream: &UnixStream) -> Vec<u8> {
-    match due(frame) {
+    match due(frame).map(|asked| (asked.fault.as_str(), asked)) {
         // What follows is taken for its rest.
-        Some("short") => bytes.truncate(bytes.len() / 2),
-        Some("count") => bytes.get_mut(COUNT).into_iter().for_each(|count| *count += 1),
-        Some(fault) => happens(fault, Some(stream)),
+        Some(("short", _)) => bytes.truncate(bytes.len() / 2),
+        Some(("count", _)) => bytes.get_mut(COUNT).into_iter().for_each(|count| *count += 1),
+        Some((_, asked)) => asked.happens(Some(stream)),
         None => {}
     }
     bytes
-}
-
-fn happens(fault: &str, channel: Option<&UnixStream>) {
-    match fault {
-        // To this thread, so that nothing after this is done before it takes effect.
-        "kill" => drop(raise(Signal::SIGKILL)),
-        "stop" => drop(raise(Signal::SIGSTOP)),
-        "end" => drop(channel.map(|channel| channel.shutdown(Shutdown::Both))),
-        "fds" => use_up_fds(),
-        "delay" => thread::sleep(DELAY),
-        _ => log::error!("{VARIABLE}: no fault is named {fault}"),
-    }
 }
 
 fn use_up_fds() {

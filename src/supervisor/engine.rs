@@ -45,7 +45,7 @@ use crate::upgrade::spawn::Started;
 use answers::{Attempt, Requester, Verb};
 use drain::Drain;
 use forward::Forwarded;
-use reap::ChildSignals;
+use reap::{ChildSignals, Reaper};
 use replace::Replacement;
 use report::Report;
 #[cfg(any(test, fuzzing))]
@@ -105,6 +105,7 @@ pub(super) struct Supervisor {
     cut: usize,
     last_count: Option<usize>,
     counted: Counted,
+    reaper: Reaper,
     not_started: Option<Error>,
 }
 
@@ -229,6 +230,7 @@ impl Supervisor {
             cut: 0,
             last_count: None,
             counted: Counted::default(),
+            reaper: Reaper::default(),
             not_started: None,
         }
     }

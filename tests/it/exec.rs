@@ -13,13 +13,12 @@ mod steps;
 mod stop;
 mod upgrade;
 
-use std::fs;
 use std::path::PathBuf;
 
 use handover::control::{State, WorkerStatus};
 
 use crate::home::{HANDOVER, Home};
-use crate::server::{Server, fds_of};
+use crate::server::{Server, children_of, fds_of};
 use crate::wait::eventually;
 
 /// The program, which Cargo builds beside the tests.
@@ -68,8 +67,7 @@ impl Server {
         wanted.push(pid);
         wanted.sort_unstable();
         eventually("no process but the supervisor and its workers", || (self.home.processes() == wanted).then_some(()));
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-        assert_eq!(children.split_whitespace().count(), workers);
+        eventually("no zombie", || (children_of(pid).len() == workers).then_some(()));
         // The connection on which it was asked is closed a moment later.
         let mut before = usize::MAX;
         eventually("the same fds twice", || {

@@ -286,14 +286,14 @@ pub(crate) fn fds_of(pid: i32) -> Vec<String> {
     names
 }
 
-fn children_of(pid: i32) -> Vec<String> {
+pub(crate) fn children_of(pid: i32) -> Vec<String> {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return vec![] };
     let of = |path: std::path::PathBuf| fs::read_to_string(path.join("children")).unwrap_or_default();
     let children = threads.flatten().map(|thread| of(thread.path()));
     children.flat_map(|text| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>()).collect()
 }
 
-fn state_of(stat: &std::path::Path) -> Option<char> {
+pub(crate) fn state_of(stat: &std::path::Path) -> Option<char> {
     fs::read_to_string(stat).ok()?.rsplit_once(") ")?.1.chars().next()
 }
 

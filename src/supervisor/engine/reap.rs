@@ -3,7 +3,9 @@
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use signal_hook::consts::SIGCHLD;
@@ -11,6 +13,8 @@ use signal_hook::consts::SIGCHLD;
 use super::Supervisor;
 use crate::engine::exit_words;
 use crate::supervisor::machine::{Event, WorkerId};
+use crate::watch::lock;
+use crate::{fault, reap};
 
 /// SIGCHLD as something to poll.
 pub(super) struct ChildSignals(UnixStream);
@@ -33,23 +37,55 @@ impl ChildSignals {
     }
 }
 
+/// Children that are known to have ended, and are being reaped.
+#[derive(Default)]
+pub(super) struct Reaper(Arc<Mutex<Vec<Pid>>>);
+
+impl Reaper {
+    /// SIGCHLD comes once more when that is done: others may have been behind it in the kernel's list.
+    fn reap(&self, pid: Pid) {
+        let reaping = Arc::clone(&self.0);
+        lock(&self.0).push(pid);
+        reap::aside(move || {
+            fault::reached("exec: reaps", None);
+            let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
+            lock(&reaping).retain(|other| *other != pid);
+            let _ = kill(Pid::this(), Signal::SIGCHLD);
+        });
+    }
+}
+
 impl Supervisor {
     pub(super) fn reap(&mut self) {
-        // Only looked at: as long as it is not reaped, its number and that of its group are nobody else's.
-        let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        while let Ok(Some(pid)) = waitid(Id::All, ended).map(|status| status.pid()) {
+        while let Some((pid, status)) = self.ended_child() {
             let worker = self.workers.iter().find(|(_, worker)| worker.pid == pid).map(|(id, _)| *id);
+            // As long as it is not reaped, its number and that of its group are nobody else's.
             if let Some(id) = worker {
                 self.kill_what_is_left(id);
             }
             self.kill_what_is_left_of_rehearsal(pid);
-            match (waitpid(pid, Some(WaitPidFlag::WNOHANG)), worker) {
-                (Ok(status), Some(id)) => self.worker_ended(id, status),
-                (Ok(status), None) => self.other_ended(pid, status),
-                // Nobody else reaps; but a loop that never ends would be worse.
-                (Err(error), _) => return log::error!("cannot reap process {pid}: {error}"),
+            self.reaper.reap(pid);
+            match worker {
+                Some(id) => self.worker_ended(id, status),
+                None => self.other_ended(pid, status),
             }
         }
+    }
+
+    /// One that has ended and is not being reaped. The kernel names the first of all, behind which others of ours may be.
+    fn ended_child(&self) -> Option<(Pid, WaitStatus)> {
+        let look = |id| {
+            let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+            let status = waitid(id, ended).ok()?;
+            Some((status.pid()?, status))
+        };
+        // As long as this is locked, none of them is reaped and forgotten.
+        let reaping = lock(&self.reaper.0);
+        let new = |(pid, _): &(Pid, WaitStatus)| !reaping.contains(pid);
+        let first = look(Id::All)?;
+        let of_workers = self.workers.values().flat_map(|worker| [Some(worker.pid), worker.check]).flatten();
+        let mut ours = of_workers.chain(self.replacement.iter().map(|replacement| replacement.child));
+        Some(first).filter(new).or_else(|| ours.find_map(|pid| look(Id::Pid(pid)).filter(new)))
     }
 
     /// What the worker has started must not serve on without it.

@@ -47,7 +47,7 @@ pub(super) struct Replacement {
     own: Started,
     plan: Plan,
     identity: Option<Identity>,
-    child: Pid,
+    pub(super) child: Pid,
     answer: PipeReader,
     answered: Vec<u8>,
     pub(super) stderr: Output,

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use crate::client::{ask, get};
 use crate::exec::{HTTP, exec, exec_in, plain};
 use crate::home::{HANDOVER, Home};
-use crate::server::{Server, has_ended};
+use crate::server::{Server, children_of, has_ended, state_of};
 use crate::wait::eventually;
 
 #[test]
@@ -120,4 +120,31 @@ fn a_supervisor_without_memory_says_so_and_serves_on() {
     limit("unlimited");
     server.upgrade(&["--wait", "drained"]).exits_with(0);
     server.assert_supervises(1);
+}
+
+/// As the kernel makes it wait where others read /proc at that moment.
+#[test]
+fn a_supervisor_whose_child_takes_long_to_be_reaped_goes_on() {
+    let home = Home::new();
+    let held = home.path("held");
+    let options = ["--workers", "2", "--ready-cmd", "true", "--"];
+    let mut command = home.logged(HANDOVER, &[&["exec"], &HTTP[..], &options].concat());
+    command.arg(plain());
+    command.env("HANDOVER_FAULT", format!("exec: reaps,hold,{}", held.display()));
+    let server = Server::run(home, command);
+    let upgrade = || server.upgrade(&["--trial", "0s", "--wait", "drained"]).exits_with(0);
+    upgrade();
+    let is_zombie = |pid: &i32| state_of(format!("/proc/{pid}/stat").as_ref()) == Some('Z');
+    assert!(held.exists());
+    let zombies: Vec<i32> =
+        children_of(server.first_pid()).iter().map(|pid| pid.parse().unwrap()).filter(is_zombie).collect();
+    assert_eq!(zombies.len(), 1);
+    // Those that end after it may be behind it in the kernel's list.
+    server.signal(server.worker_pids()[0], Signal::SIGKILL);
+    eventually("another worker", || server.workers().iter().any(|worker| worker.crashes == 1).then_some(()));
+    upgrade();
+    assert!(is_zombie(&zombies[0]));
+    server.upgrade(&["--self"]).exits_with(0);
+    assert_eq!(server.serving().generation, 3);
+    eventually("its end", || (!is_zombie(&zombies[0])).then_some(()));
 }
