@@ -163,22 +163,55 @@ run() {
     esac
 }
 
-install_missing
-for part in "${parts[@]}"; do
-    lacking=$(missing needs "$part")
+# can_run PART: otherwise it is left out
+can_run() {
+    local lacking
+    lacking=$(missing needs "$1")
     if [[ -n $lacking ]]; then
-        leave_out "$part" "apt install ${lacking//$'\n'/ }"
-    elif [[ $part == load ]] && ! has_namespaces; then
-        leave_out "$part" "it needs a network namespace: run it as root"
-    elif [[ $part == systemd || $part == fleet ]] && ((EUID != 0)); then
-        leave_out "$part" "it makes namespaces with a systemd in them: run it as root"
+        leave_out "$1" "apt install ${lacking//$'\n'/ }"
+    elif [[ $1 == load ]] && ! has_namespaces; then
+        leave_out "$1" "it needs a network namespace: run it as root"
+    elif [[ $1 == systemd || $1 == fleet ]] && ((EUID != 0)); then
+        leave_out "$1" "it makes namespaces with a systemd in them: run it as root"
     else
-        begun=$SECONDS
-        printf '\n%s--- %s%s\n' "$bold" "$part" "$plain"
+        return 0
+    fi
+    return 1
+}
+
+title() {
+    printf '\n%s--- %s%s\n' "$bold" "$1" "$plain"
+}
+
+install_missing
+able=()
+for part in "${parts[@]}"; do
+    if can_run "$part"; then able+=("$part"); fi
+done
+beside=''
+for part in "${able[@]}"; do
+    begun=$SECONDS
+    title "$part"
+    # Both wait most of the time, for services that start and drain, so the second runs beside the first.
+    if [[ $part == systemd && " ${able[*]} " == *" fleet "* ]]; then
+        cargo build --quiet --all-features --bins --examples
+        beside_log=$(mktemp "${TMPDIR:-/tmp}/handover-fleet.XXXXXX")
+        scripts/fleet-test.sh >"$beside_log" 2>&1 &
+        beside=$!
+        trap 'kill "$beside" 2>/dev/null || true' EXIT
+    fi
+    if [[ $part == fleet && -n $beside ]]; then
+        failed=0
+        wait "$beside" || failed=$?
+        trap - EXIT
+        cat "$beside_log"
+        rm -f "$beside_log"
+        ((failed == 0)) || exit "$failed"
+    else
         # Not in a condition, where a failure inside would be passed over.
         run "$part"
-        printf '%s--- %s: %d s%s\n' "$bold" "$part" $((SECONDS - begun)) "$plain"
     fi
+    printf '%s--- %s: %d s%s\n' "$bold" "$part" $((SECONDS - begun)) "$plain"
 done
 if ((${#left_out[@]})); then
     printf '\n%sLeft out:%s\n' "$red" "$plain"
