@@ -256,12 +256,14 @@ impl Cell {
     /// What a service manager does, or somebody at night: end what is left, and start the service.
     fn is_started_again(&self) {
         let home = &self.server.home;
+        let mut killed = vec![];
         eventually("nobody", || {
-            let left = home.processes();
-            for pid in &left {
-                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            for pid in home.processes() {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                killed.push(pid);
             }
-            left.is_empty().then_some(())
+            // One whose memory has gone is in no list any more, and may still have its sockets.
+            killed.iter().all(|pid| has_ended(*pid)).then_some(())
         });
         let mut again = self.program.command(home, &self.address).spawn().unwrap();
         let pid = again.id().cast_signed();
