@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use crate::command::Run;
-use crate::server::Server;
-use crate::wait::LONG;
+use crate::home::{Home, fixture};
+use crate::server::{Server, children_of};
+use crate::wait::{LONG, eventually};
 
 /// Asks for an upgrade that cannot work, under load; then for one that can.
 #[track_caller]
@@ -44,6 +46,24 @@ fn fault_with(name: &str, arguments: &[&str]) -> Run {
 #[track_caller]
 fn program(path: &std::path::Path, server: &Server) -> Run {
     fails(server, &["--exe", path.to_str().unwrap()])
+}
+
+/// As the kernel makes whoever reaps it wait, where others read /proc at that moment.
+#[test]
+fn one_that_takes_long_to_be_reaped() {
+    let home = Home::new();
+    let held = home.path("held");
+    let mut command = home.logged(fixture().to_str().unwrap(), &["--tcp", "http=127.0.0.1:0"]);
+    command.env("HANDOVER_FAULT", format!("reaps,hold,{}", held.display()));
+    let server = Server::run(home, command);
+    let bad = server.home.script("bad", "#!/bin/sh\nexit 3\n");
+    let upgrade = |exe: &Path| server.upgrade(&["--exe", exe.to_str().unwrap()]);
+    upgrade(&bad).exits_with(1).complains("exited with status 3");
+    eventually("the thread that reaps it", || held.exists().then_some(()));
+    upgrade(&bad).exits_with(1).complains("exited with status 3");
+    eventually("one that is not reaped", || (children_of(server.pid()).len() == 1).then_some(()));
+    upgrade(&fixture()).exits_with(0);
+    assert_eq!(server.answerer().generation, 2);
 }
 
 #[test]

@@ -12,9 +12,9 @@ use signal_hook::consts::SIGCHLD;
 
 use super::Supervisor;
 use crate::engine::exit_words;
+use crate::reap;
 use crate::supervisor::machine::{Event, WorkerId};
 use crate::watch::lock;
-use crate::{fault, reap};
 
 /// SIGCHLD as something to poll.
 pub(super) struct ChildSignals(UnixStream);
@@ -47,7 +47,6 @@ impl Reaper {
         let reaping = Arc::clone(&self.0);
         lock(&self.0).push(pid);
         reap::aside(move || {
-            fault::reached("exec: reaps", None);
             let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
             lock(&reaping).retain(|other| *other != pid);
             let _ = kill(Pid::this(), Signal::SIGCHLD);

@@ -130,7 +130,7 @@ fn a_supervisor_whose_child_takes_long_to_be_reaped_goes_on() {
     let options = ["--workers", "2", "--ready-cmd", "true", "--"];
     let mut command = home.logged(HANDOVER, &[&["exec"], &HTTP[..], &options].concat());
     command.arg(plain());
-    command.env("HANDOVER_FAULT", format!("exec: reaps,hold,{}", held.display()));
+    command.env("HANDOVER_FAULT", format!("reaps,hold,{}", held.display()));
     let server = Server::run(home, command);
     let upgrade = || server.upgrade(&["--trial", "0s", "--wait", "drained"]).exits_with(0);
     upgrade();
