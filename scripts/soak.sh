@@ -130,6 +130,7 @@ ExecStop=-$lab/programs/handover stop --pid \$MAINPID
 RuntimeDirectory=$service
 FileDescriptorStoreMax=64
 Restart=always
+StandardError=append:$lab/programs/$service.log
 UNIT
     inside systemctl daemon-reload
     inside timeout 60 systemctl start "$service" ||
@@ -555,6 +556,11 @@ compare() {
 end_all() {
     local code=$? pid
     set +e
+    if ((code != 0)); then
+        printf 'what serves says: %s\n' "$(status 2>&1)" >&2
+        # Those of the units lie where systemd can write; the others are shown by whoever stops everything.
+        mv "$programs"/*.log "$scratch" 2>/dev/null
+    fi
     [[ -z $group ]] || end_group
     for service in "${services[@]}"; do
         # A supervisor may start one more before its own turn comes.
