@@ -234,7 +234,16 @@ ask_and_go_on() {
     : >"$scratch/answer.json"
     "$handover" upgrade --pid "$main" --json "${@:2}" >>"$scratch/answer.json" 2>&1 &
     asking=$!
-    until_true 30 "$service, step $step (seed $seed): not $1" grep -q "\"$1\"" "$scratch/answer.json"
+    until_true 30 "$service, step $step (seed $seed): not $1 in 30 s" is_said "$1"
+}
+
+is_said() {
+    local running=1
+    # Before what it has said is read: it may say it now.
+    if has_ended "$asking"; then running=0; fi
+    if grep -q "\"$1\"" "$scratch/answer.json"; then return; fi
+    ((running)) || wrong "it has ended before it was $1: $(<"$scratch/answer.json")"
+    return 1
 }
 
 wait_for_answer() {
@@ -519,6 +528,10 @@ has_no_zombie() {
     (($(zombies) == 0))
 }
 
+has_reaped() {
+    ! grep -qsx handover-reaps "/proc/$main"/task/*/comm
+}
+
 # Over a moment: the connection that asked for the status may still be open.
 fewest_fds() {
     local n files fewest=99999
@@ -535,6 +548,7 @@ look() {
     until_true 90 "$service (seed $seed): processes or connections are left when the clients have gone ($done)" alone
     # A thread of its own reaps, which the kernel may keep for long.
     until_true 90 "$service (seed $seed): zombies are left ($done)" has_no_zombie
+    until_true 90 "$service (seed $seed): something is still reaped ($done)" has_reaped
     fds=$(fewest_fds "$main")
     threads=$(sed -n 's/^Threads:\s*//p' "/proc/$main/status")
     kib=$(sed -n 's/^VmRSS:\s*\([0-9]*\).*/\1/p' "/proc/$main/status")

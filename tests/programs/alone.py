@@ -17,6 +17,20 @@ from lab import PATIENCE_SECONDS, Oracle, connect, wait_for
 
 PROBES = 8
 
+# What a program loses on kept connections when it is told to stop depends on how busy the machine is: of those that wait
+# for the processor all may have a request on the way. So the clients pause.
+KEPT_CLIENTS = 8
+KEPT_WITH_PAUSES = ("--kept", str(KEPT_CLIENTS), "--think", "2ms")
+
+
+def most_by_chance(lost_alone: List[int]) -> float:
+    """How many may be lost in as many rounds by a program that loses as many as this one as a rule: three standard
+    deviations more, if in each round either all of its kept connections were lost or none. Of what is more like chance
+    that is an upper bound; and the rate is taken from one loss more than there was."""
+    rounds = len(lost_alone)
+    rate = (sum(lost_alone) + 1) / (rounds * KEPT_CLIENTS + 2)
+    return sum(lost_alone) + 3 * KEPT_CLIENTS * (2 * rounds * rate * (1 - rate)) ** 0.5
+
 
 class Alone:
     def __init__(self, case: unittest.TestCase, stop_signal: signal.Signals, *program: str) -> None:

@@ -6,27 +6,25 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import time
 import unittest
 from typing import Any, Dict, List, Union
 
-from alone import Restarted
+from alone import KEPT_WITH_PAUSES, Restarted, most_by_chance
 from lab import HERE, Intercepted, Oracle, built, connect, free_port, needs, program, wait_for
 
 UPGRADES = int(os.environ.get("HANDOVER_UPGRADES", "10"))
 # Of what is compared, each alone and with us.
-ROUNDS = max(UPGRADES // 3, 2)
+ROUNDS = max(UPGRADES // 2, 2)
 # Not as much as the machine can do, because that would only slow the programs' own start.
 NEW = ("--new", "4", "--rate", "300")
 # Each client connects again as soon as it has its answer.
 AT_ONCE = ("--new", "2")
 KEPT = ("--kept", "16", "--think", "2ms")
 SLOW = ("--slow", "2:1.5")
-CLIENTS = 8
 # None of a well-known service.
 PRIVILEGED = range(700, 1000)
-COMPARED = ("--new", "4", "--rate", "300", "--kept", str(CLIENTS))
+COMPARED = (*NEW, *KEPT_WITH_PAUSES)
 # What a program loses it loses as soon as it has the signal; the clients go on for so long.
 WATCHED_SECONDS = 0.3
 # What may become of a request that the program has taken, and what of one that nobody has.
@@ -98,9 +96,7 @@ class AnyProgram(unittest.TestCase):
             refused = sum(all_of(NEVER, counts) for counts in there)
             row.append(f"{kind} connections: {sum(own)} cut; alone {sum(own_alone)} cut, {refused} refused")
             self.assertEqual([all_of(NEVER, counts) for counts in here], [0] * ROUNDS, pairs)
-            # Which connection is just served is chance: five times as far apart as two such sums are as a rule.
-            chance = 5 * (ROUNDS * (statistics.variance(own) + statistics.variance(own_alone))) ** 0.5
-            self.assertLessEqual(sum(own), sum(own_alone) + chance, pairs)
+            self.assertLessEqual(sum(own), most_by_chance(own_alone), pairs)
         print("; ".join(row))
 
     def compared(self, stop: str, options: List[str], *command: str) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import time
 import unittest
 from typing import List, Union
 
-from alone import Alone
+from alone import KEPT_CLIENTS, KEPT_WITH_PAUSES, Alone, most_by_chance
 from lab import Oracle, Supervised, built, needs, program, wait_for
 from test_programs import GUNICORN, UPGRADES
 
-ROUNDS = max(UPGRADES // 4, 2)
-CLIENTS = 8
+ROUNDS = max(UPGRADES // 2, 2)
 # What a program loses it loses as soon as it has the signal; the clients go on for so long.
 WATCHED_SECONDS = 0.3
 
@@ -23,8 +21,8 @@ WATCHED_SECONDS = 0.3
 class Kept(unittest.TestCase):
     def lost(self, service: Union[Supervised, Alone]) -> int:
         """In one replacement."""
-        oracle = Oracle(self, service.address, "--kept", str(CLIENTS))
-        wait_for("all connections are accepted", lambda: oracle.is_accepted(CLIENTS))
+        oracle = Oracle(self, service.address, *KEPT_WITH_PAUSES)
+        wait_for("all connections are accepted", lambda: oracle.is_accepted(KEPT_CLIENTS))
         service.replace()
         time.sleep(WATCHED_SECONDS)
         report = oracle.stop()
@@ -38,11 +36,9 @@ class Kept(unittest.TestCase):
         # In turns, so that whatever else the machine does is the same for both.
         pairs = [(self.lost(service), self.lost(alone)) for _ in range(ROUNDS)]
         here, there = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        where = f"lost on {CLIENTS} kept connections in {ROUNDS} upgrades"
+        where = f"lost on {KEPT_CLIENTS} kept connections in {ROUNDS} upgrades"
         print(f"{name}: {sum(here)} requests {where}; alone {sum(there)}")
-        # Which connection is just idle is chance: five times as far apart as two such sums are as a rule.
-        chance = 5 * (ROUNDS * (statistics.variance(here) + statistics.variance(there))) ** 0.5
-        self.assertLessEqual(sum(here), sum(there) + chance, pairs)
+        self.assertLessEqual(sum(here), most_by_chance(there), pairs)
 
     def test_node(self) -> None:
         self.loses_no_more_than_alone("closes.js", [], "node", program("closes.js"))
