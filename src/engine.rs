@@ -330,8 +330,6 @@ impl Engine {
             return;
         }
         let Some(Asked { client, request }) = server.read(id) else { return };
-        let pid = std::process::id().cast_signed();
-        let accepted = AcceptedEvent { pid, generation: self.shared.generation, supervises: false };
         match request {
             Request::Status => {
                 let status = self.status();
@@ -340,16 +338,14 @@ impl Engine {
                 }
             }
             Request::Upgrade(request) => {
-                server.send(client, &Said::Accepted(accepted));
                 let wait = request.wait.unwrap_or_default();
                 self.begin(request, Origin::Push, Requester::Client(client, wait), None);
             }
             Request::Restart(request) => {
-                server.send(client, &Said::Accepted(accepted));
                 self.begin(request, Origin::Restart, Requester::Client(client, Wait::Drained), None);
             }
             Request::Stop { drain_timeout_ms } => {
-                server.send(client, &Said::Accepted(accepted));
+                self.accept(client);
                 self.stop_clients.push((client, Instant::now()));
                 if self.upgrade.stage() == upgrade::Stage::Draining {
                     // Asking again is not what a second signal is: nothing is cut before its time.
@@ -365,7 +361,7 @@ impl Engine {
                     }
                 }
             }
-            Request::TakeOver => self.on_take_over(client, accepted),
+            Request::TakeOver => self.on_take_over(client),
             Request::Scale { .. } | Request::UpgradeSelf(_) => {
                 let message = "this process is no supervisor: it is not `handover exec`";
                 server.finish(client, &Said::Result(ResultEvent::new(Outcome::BadRequest, message)));
@@ -373,12 +369,25 @@ impl Engine {
         }
     }
 
+    fn accept(&mut self, client: ClientId) {
+        let accepted = self.accepted();
+        if let Some(server) = &mut self.server {
+            server.send(client, &accepted);
+        }
+    }
+
+    fn accepted(&self) -> Said {
+        let pid = std::process::id().cast_signed();
+        Said::Accepted(AcceptedEvent { pid, generation: self.shared.generation, supervises: false })
+    }
+
     /// Refused on the line; once it is accepted the connection carries frames only.
-    fn on_take_over(&mut self, client: ClientId, accepted: AcceptedEvent) {
+    fn on_take_over(&mut self, client: ClientId) {
         if let Some(refusal) = self.refusal() {
             return server_finish(&mut self.server, client, &refusal);
         }
-        let channel = self.server.as_mut().and_then(|server| server.take_channel(client, &Said::Accepted(accepted)));
+        let accepted = self.accepted();
+        let channel = self.server.as_mut().and_then(|server| server.take_channel(client, &accepted));
         if let Some((stream, pid)) = channel {
             self.begin(UpgradeRequest::default(), Origin::Pull, Requester::Nobody, Some((stream, pid)));
         }

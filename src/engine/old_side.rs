@@ -51,6 +51,7 @@ impl Engine {
         if let Some(refusal) = self.refuse_restart().filter(|_| origin == Origin::Restart) {
             return self.answer(requester, refusal);
         }
+        requester.client().into_iter().for_each(|client| self.accept(client));
         let mut attempt = Attempt::new(request, origin, requester);
         if let Some((stream, pid)) = pulled {
             log::info!("process {pid} asks for the handover");

@@ -39,6 +39,14 @@ impl Run {
         self
     }
 
+    /// With `--json`: nothing is accepted that is refused.
+    #[track_caller]
+    pub(crate) fn tells_only_the_result(self) -> Self {
+        let events: Vec<Value> = self.json().iter().map(|line| line["event"].clone()).collect();
+        assert_eq!(events, ["result"], "{self:#?}");
+        self
+    }
+
     /// With `--json`: every line is an object.
     #[track_caller]
     pub(crate) fn json(&self) -> Vec<Value> {

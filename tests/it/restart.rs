@@ -269,6 +269,7 @@ fn meanwhile_others_are_told_that_it_is_busy() {
     let held = hold.reached();
     for verb in ["restart", "upgrade"] {
         server.handover(&[verb, "--pid", &old]).exits_with(3).complains("another upgrade is under way");
+        server.handover(&[verb, "--json", "--pid", &old]).exits_with(3).tells_only_the_result();
     }
     held.let_go();
     restart.wait_for_line("draining");

@@ -84,12 +84,10 @@ impl Supervisor {
                 self.server.finish(client, &Said::Status(Box::new(status)));
             }
             Request::Upgrade(request) => {
-                self.accept(client);
                 let wait = request.wait.unwrap_or_default();
                 self.begin(Verb::Upgrade, &request, Requester::Client(client, wait));
             }
             Request::Restart(request) => {
-                self.accept(client);
                 self.begin(Verb::Restart, &request, Requester::Client(client, Wait::Healthy));
             }
             Request::Stop { drain_timeout_ms } => {
@@ -130,6 +128,7 @@ impl Supervisor {
             log::warn!("{verb} refused: {}", busy.message);
             return requester.client().into_iter().for_each(|client| self.finish_with(client, busy.clone()));
         }
+        requester.client().into_iter().for_each(|client| self.accept(client));
         self.await_what_is_held();
         let (begun, generation) = (Instant::now(), self.machine.generation() + 1);
         let terms = self.terms_of(&order, generation);

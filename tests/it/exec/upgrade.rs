@@ -97,10 +97,11 @@ fn a_slow_request_is_answered_by_the_old_one_and_a_second_upgrade_is_refused() {
     eventually("the request in flight", || (server.workers()[0].connections == 1).then_some(()));
     let mut upgrade = server.begin_upgrade(&["--trial", "1s", "--wait", "drained", "--json"]);
     upgrade.wait_for_line("\"spawned\"");
-    server
-        .handover(&["upgrade", "--pid", &server.first_pid().to_string()])
-        .exits_with(3)
-        .complains("another upgrade is under way");
+    let pid = server.first_pid().to_string();
+    for verb in ["restart", "upgrade"] {
+        server.handover(&[verb, "--pid", &pid]).exits_with(3).complains("another upgrade is under way");
+        server.handover(&[verb, "--json", "--pid", &pid]).exits_with(3).tells_only_the_result();
+    }
     upgrade.wait_for_line("\"connections\":1");
     assert_eq!(slow.answerer().generation, 1);
     let run = upgrade.finish().exits_with(0);
