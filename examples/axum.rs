@@ -52,11 +52,13 @@ fn who(handover: &Handover) -> String {
     format!("gen={} pid={}", handover.generation(), std::process::id())
 }
 
-async fn identity(State(handover): State<Handover>) -> String {
+// Both read the body of the request, whatever it is: hyper closes a connection on which that is left, and does not say so.
+
+async fn identity(State(handover): State<Handover>, _: Bytes) -> String {
     who(&handover)
 }
 
-async fn slow(State(handover): State<Handover>, Path(seconds): Path<f64>) -> String {
+async fn slow(State(handover): State<Handover>, Path(seconds): Path<f64>, _: Bytes) -> String {
     sleep(Duration::try_from_secs_f64(seconds).unwrap_or_default()).await;
     who(&handover)
 }

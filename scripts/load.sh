@@ -169,7 +169,7 @@ with_loader() {
 
 for case in "${cases[@]}"; do
     case $case in
-        axum) with_oracle axum --new 8 --rate 1000 --kept 16 --slow 2:15 --stream 2 --websocket 2 ;;
+        axum) with_oracle axum --new 8 --rate 1000 --kept 16 --post 40000 --slow 2:15 --stream 2 --websocket 2 ;;
         std | tokio) with_oracle "$case" --echo 8 --rate 1000 --echo-kept 16 ;;
         wrk)
             with_loader 'kept connections' wrk_once

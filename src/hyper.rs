@@ -4,6 +4,9 @@
 //! yet; the request that is on its way there is lost. Here a process that drains goes on answering: a request in flight
 //! is finished, the next response on an HTTP/1 connection says `Connection: close`, HTTP/2 gets GOAWAY, and only a
 //! connection that stays silent for `linger` is closed.
+//!
+//! hyper closes a connection, without a word of it in the response, if the service has not read the body of a request to
+//! its end; what is on its way there is lost then as well, with and without an upgrade.
 
 use std::io;
 use std::net::SocketAddr;
