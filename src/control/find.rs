@@ -1,13 +1,18 @@
 //! Finding the control socket of a process: the one that it really listens on, whatever its directory, mount namespace
 //! or user.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind};
+
+/// How often the table of Unix sockets is read before one is not there: the kernel gives it in pieces of a page and goes on by
+/// counting, so that one which is closed in between can hide another (seen once in ten thousand readings).
+const READINGS: usize = 4;
 
 /// A process that is to be asked.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -43,7 +48,14 @@ pub struct Service {
 pub fn services() -> Vec<Service> {
     let Ok(processes) = fs::read_dir("/proc") else { return vec![] };
     let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let mut found: Vec<Service> = pids.filter_map(|pid| find(pid).ok().flatten()).collect();
+    let mut namespaces = HashMap::new();
+    let find = |pid: i32| {
+        let namespace = fs::metadata(format!("/proc/{pid}/ns/net")).ok()?.ino();
+        let all = || (0..READINGS).filter_map(|_| read_table(pid).ok()).flatten().collect();
+        let table: &Vec<u8> = namespaces.entry(namespace).or_insert_with(all);
+        find_in(pid, table).ok().flatten()
+    };
+    let mut found: Vec<Service> = pids.filter_map(find).collect();
     found.sort_by_key(|service| service.pid);
     found
 }
@@ -72,16 +84,33 @@ pub(crate) fn service_of(pid: i32) -> Result<Service, Error> {
 }
 
 fn find(pid: i32) -> io::Result<Option<Service>> {
-    let proc = PathBuf::from(format!("/proc/{pid}"));
-    let own_pid = innermost_pid(&fs::read_to_string(proc.join("status"))?).unwrap_or(pid);
-    let suffix = format!("/{own_pid}.sock");
-    let table = fs::read(proc.join("net/unix")).or_else(|error| match error.raw_os_error() {
+    find_by(pid, || read_table(pid))
+}
+
+fn find_by(pid: i32, mut table: impl FnMut() -> io::Result<Vec<u8>>) -> io::Result<Option<Service>> {
+    for _ in 0..READINGS {
+        if let Some(service) = find_in(pid, &table()?)? {
+            return Ok(Some(service));
+        }
+    }
+    Ok(None)
+}
+
+/// The table of the process's network namespace.
+fn read_table(pid: i32) -> io::Result<Vec<u8>> {
+    fs::read(format!("/proc/{pid}/net/unix")).or_else(|error| match error.raw_os_error() {
         // A zombie has no network namespace any more; which error that gives depends on the moment.
         Some(libc::EINVAL | libc::ENOENT) if is_zombie(pid) => Ok(vec![]),
         _ => Err(error),
-    })?;
+    })
+}
+
+fn find_in(pid: i32, table: &[u8]) -> io::Result<Option<Service>> {
+    let proc = PathBuf::from(format!("/proc/{pid}"));
+    let own_pid = innermost_pid(&fs::read_to_string(proc.join("status"))?).unwrap_or(pid);
+    let suffix = format!("/{own_pid}.sock");
     let candidates: Vec<(u64, &[u8])> =
-        listening_paths(&table).filter(|(_, path)| path.ends_with(suffix.as_bytes())).collect();
+        listening_paths(table).filter(|(_, path)| path.ends_with(suffix.as_bytes())).collect();
     if candidates.is_empty() {
         return Ok(None);
     }
@@ -185,6 +214,22 @@ mod tests {
     fn the_table_of_unix_sockets_is_read_with_its_odd_paths() {
         let found: Vec<_> = listening_paths(TABLE).collect();
         assert_eq!(found, [(24680, &b"/run/my app/12.sock"[..])]);
+    }
+
+    #[test]
+    fn a_socket_that_one_reading_misses_is_found() {
+        let directory = std::env::temp_dir().join(format!("handover-find-{}", std::process::id()));
+        fs::create_dir(&directory).unwrap();
+        let pid = std::process::id().cast_signed();
+        let path = directory.join(format!("{pid}.sock"));
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let inode = nix::sys::stat::fstat(&listener).unwrap().st_ino;
+        let line = format!("0000000000000000: 00000002 00000000 00010000 0001 01 {inode} {}\n", path.display());
+        let mut readings = [TABLE.to_vec(), line.into_bytes()].into_iter();
+        let found = find_by(pid, || readings.next().ok_or(io::ErrorKind::UnexpectedEof.into())).unwrap().unwrap();
+        assert_eq!(found.socket, Path::new(&format!("/proc/{pid}/root{}", path.display())));
+        assert_eq!(find_by(pid, || Ok(TABLE.to_vec())).unwrap(), None);
+        fs::remove_dir_all(&directory).unwrap();
     }
 
     #[test]
