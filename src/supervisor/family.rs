@@ -27,6 +27,9 @@ pub(super) fn sockets(worker: Pid) -> Vec<u64> {
 /// The same, if nothing is left out and the worker lives.
 pub(super) fn all_sockets(worker: Pid) -> io::Result<Vec<u64>> {
     let mut family = vec![worker];
+    // Twice: the kernel gives the children one by one, and one that ends in between can hide the next. Those of a thread that
+    // ends become another thread's, which may have been looked at.
+    extend(&mut family)?;
     extend(&mut family)?;
     if family.len() >= PROCESSES_MAX {
         return Err(io::Error::other("it has started too many processes"));
@@ -43,14 +46,15 @@ pub(super) fn all_sockets(worker: Pid) -> io::Result<Vec<u64>> {
     if has_fds(worker) { Ok(sockets) } else { Err(io::Error::other("it has ended")) }
 }
 
-/// By all descendants of the first.
+/// By all descendants of the first that are not in it yet.
 fn extend(family: &mut Vec<Pid>) -> io::Result<()> {
     let mut looked_at = 0;
     while let Some(pid) = family.get(looked_at).copied().filter(|_| family.len() < PROCESSES_MAX) {
         looked_at += 1;
         for thread in unless_ended(fs::read_dir(format!("/proc/{pid}/task")))?.into_iter().flatten().flatten() {
             let children = unless_ended(fs::read_to_string(thread.path().join("children")))?.unwrap_or_default();
-            family.extend(children_in(&children));
+            let others: Vec<Pid> = children_in(&children).filter(|child| !family.contains(child)).collect();
+            family.extend(others);
         }
     }
     Ok(())
@@ -90,4 +94,28 @@ pub(super) fn has_fds(pid: Pid) -> bool {
 /// The inode, if the link is one of a socket.
 pub(super) fn socket_inode(link: &std::path::Path) -> Option<u64> {
     link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn whoever_is_known_is_not_counted_twice() {
+        let script = "sh -c 'sleep 60 & echo; wait' & wait";
+        let mut shell =
+            Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).process_group(0).spawn().unwrap();
+        BufReader::new(shell.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+        let root = Pid::from_raw(shell.id().cast_signed());
+        let mut family = vec![root];
+        extend(&mut family).unwrap();
+        let once = family.clone();
+        extend(&mut family).unwrap();
+        assert_eq!((once.len(), once), (3, family));
+        nix::sys::signal::killpg(root, nix::sys::signal::Signal::SIGKILL).unwrap();
+        shell.wait().unwrap();
+    }
 }
