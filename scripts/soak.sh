@@ -399,7 +399,8 @@ step_killed() {
         spare
         return
     fi
-    kill -KILL "$struck"
+    # On a busy machine it has stood still long enough to have been killed for that.
+    kill -KILL "$struck" 2>/dev/null || true
     wait_for_answer
     wants 1
     gained=0
@@ -413,7 +414,7 @@ step_stopped() {
     wait_for_answer
     # A supervisor has seen it wait, and knows of nothing else that a program could show.
     if is_supervised && ((code == 0)); then
-        kill -CONT "$struck"
+        kill -CONT "$struck" || wrong "the process that serves, $struck, has gone"
         return
     fi
     wants 1
