@@ -229,7 +229,7 @@ class InteropCase(ProcessCase):
     # What became of it.
 
     def assert_nothing_is_left_over(self, rust: Program) -> None:
-        self.assertEqual(children_of(rust.pid), [])
+        wait_until(lambda: not children_of(rust.pid))
         self.assertEqual(os.listdir(self.environment["HANDOVER_DIR"]), [f"{rust.pid}.sock"])
         # What was open for a moment when they were counted before may be gone now; nothing may have come.
         wait_until(lambda: not fds_of_process(rust.pid) - self.fds_before)
