@@ -2,11 +2,12 @@
 //!
 //! `cargo run --features hyper --example hyper -- --listen 127.0.0.1:8080`, then `handover upgrade --pid <pid>`.
 
-use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::Pin;
 
 use clap::Parser;
 use handover::{Config, Handover};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioExecutor;
@@ -36,9 +37,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         let for_connection = handover.clone();
         tokio::spawn(async move {
             let who = format!("gen={} pid={}", for_connection.generation(), std::process::id());
-            let answer = service_fn(move |_: Request<Incoming>| {
+            let answer = service_fn(move |request: Request<Incoming>| {
                 let response = Response::new(who.clone());
-                async move { Ok::<_, Infallible>(response) }
+                async move { read_to_its_end(request.into_body()).await.map(|()| response) }
             });
             // A TLS acceptor would take `connection` here and give what is served below.
             let builder = auto::Builder::new(TokioExecutor::new());
@@ -50,5 +51,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let drained = handover.drained().await; // upgraded or told to stop, and every connection has ended
     log::info!("{drained:?}");
+    Ok(())
+}
+
+/// hyper closes a connection on which some of a body is left, and does not say so.
+async fn read_to_its_end(mut body: Incoming) -> hyper::Result<()> {
+    while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+        frame?;
+    }
     Ok(())
 }
