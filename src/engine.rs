@@ -35,7 +35,7 @@ use crate::upgrade::{self, Origin, Refusal, Timer, Upgrade};
 pub(crate) use announce::{listener_status, queue_of};
 use attempt::{Attempt, Process, Report, Requester};
 #[cfg(feature = "cli")]
-pub(crate) use attempt::{exit_words, milliseconds_since, stands_still};
+pub(crate) use attempt::{milliseconds_since, stands_still};
 use new_side::Upstream;
 use restart::Restarted;
 pub(crate) use signals::SignalPipe;

@@ -46,8 +46,8 @@
 //! * Whichever process is killed at whatever instant, another one accepts, or will without help. Only connections that
 //!   the killed one had already accepted are lost.
 //! * At most one of the two accepts at a time, whatever the program does before [`ready`](Handover::ready).
-//! * Until commit a failure of any kind ends with the new process killed and reaped, and the old one serving as if nothing
-//!   had happened.
+//! * Until commit a failure of any kind ends with the new process killed, and the old one serving as if nothing had
+//!   happened.
 //! * Both generations hold the very same socket: `SO_COOKIE` does not change.
 //!
 //! # Features

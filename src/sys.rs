@@ -1,7 +1,7 @@
 //! Every `unsafe` block of the crate, behind functions that are safe to call.
 //!
 //! What `nix`, `socket2` and `sendfd` already wrap is used from there. Here is only what they lack: `posix_spawn` with
-//! a working directory, pidfds, fds that arrive by number or by message, a faster `accept`, system calls that wait for
+//! a working directory, pidfds, the end of every child, fds that arrive by number or by message, a faster `accept`, system calls that wait for
 //! another process, what a signal does, and readings of a socket. The compiler refuses it anywhere else.
 
 mod accept;
@@ -12,6 +12,7 @@ mod seccomp;
 mod signals;
 mod socket;
 mod spawn;
+mod wait;
 
 pub(crate) use accept::{IpAddress, accept, accept_with_peer};
 pub(crate) use fds::{FdTable, dup_at_least, fd_from_environment, receive_fds, replace_stderr};
@@ -25,3 +26,4 @@ pub(crate) use signals::ignored_signals;
 pub(crate) use socket::receive_with_uid;
 pub(crate) use socket::{accept_backlog, receive_from, unread_bytes};
 pub(crate) use spawn::{SpawnRequest, spawn};
+pub(crate) use wait::{Child, End, ended_child};

@@ -6,10 +6,9 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 use nix::unistd::Pid;
 
 use crate::channel::Channel;
@@ -128,7 +127,9 @@ impl Process {
         let pidfd = sys::pidfd_open(pid).inspect_err(|_| {
             // A child that nobody has reaped keeps its pid.
             if kill(pid, Signal::SIGKILL).is_ok() {
-                let _ = waitpid(pid, None);
+                reap::aside(move || {
+                    let _ = waitpid(pid, None);
+                });
             }
         })?;
         Ok(Self { pid, pidfd: Arc::new(pidfd), is_child: true, exit: None })
@@ -138,7 +139,7 @@ impl Process {
         Self { pid, pidfd: Arc::new(pidfd), is_child: false, exit: None }
     }
 
-    /// How it ended, once it has; a child is reaped.
+    /// How it ended, once it has; a child is then being reaped.
     pub(super) fn exit(&mut self) -> Option<String> {
         if self.exit.is_none() {
             self.exit = self.look();
@@ -151,12 +152,10 @@ impl Process {
             let ended = crate::poll::wait(self.pidfd.as_fd(), PollFlags::POLLIN, Some(Instant::now()));
             return ended.is_ok_and(|ended| ended).then(|| "ended".to_owned());
         }
-        // Only looked at.
-        let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        match waitid(Id::PIDFd(self.pidfd.as_fd()), ended) {
-            Ok(status) => exit_words(status).inspect(|_| self.reap()),
+        match sys::ended_child(sys::Child::Pidfd(self.pidfd.as_fd())) {
+            Ok(ended) => ended.map(|(_, end)| end.to_string()).inspect(|_| self.reap()),
             // Somebody in this process reaps every child, or SIGCHLD is ignored.
-            Err(Errno::ECHILD) => Some(REAPED_BY_OTHERS.to_owned()),
+            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Some(REAPED_BY_OTHERS.to_owned()),
             Err(_) => None,
         }
     }
@@ -196,25 +195,13 @@ pub(crate) fn stands_still(pid: Pid) -> bool {
     state_of(pid.as_raw()) == Some('T')
 }
 
-/// How a process ended, if it has.
-pub(crate) fn exit_words(status: WaitStatus) -> Option<String> {
-    match status {
-        WaitStatus::Exited(_, status) => Some(format!("exited with status {status}")),
-        WaitStatus::Signaled(_, signal, core) => {
-            let core = if core { " and dumped core" } else { "" };
-            Some(format!("was killed by {signal}{core}"))
-        }
-        _ => None,
-    }
-}
-
 impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
 }
 
-/// The end of a failed upgrade, held back until the new process is reaped and its stderr has ended.
+/// The end of a failed upgrade, held back until the new process and its stderr have ended.
 pub(super) struct Report {
     pub(super) result: ResultEvent,
     pub(super) failure: Failure,
@@ -229,7 +216,7 @@ impl Report {
     pub(super) const PATIENCE: Duration = Duration::from_millis(500);
 
     pub(super) fn is_complete(&mut self) -> bool {
-        let reaped = self.process.as_mut().is_none_or(|process| process.exit().is_some());
-        reaped && self.stderr.as_ref().is_none_or(StderrTail::ended)
+        let ended = self.process.as_mut().is_none_or(|process| process.exit().is_some());
+        ended && self.stderr.as_ref().is_none_or(StderrTail::ended)
     }
 }

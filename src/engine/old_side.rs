@@ -385,7 +385,7 @@ impl Engine {
         }
     }
 
-    /// Ends the attempt; its requester hears when the new process is reaped and its last words are in.
+    /// Ends the attempt; its requester hears when the new process has ended and its last words are in.
     fn report(&mut self, outcome: Outcome, failure: Failure) {
         let mut cause = self.words_for(failure);
         if outcome == Outcome::RolledBack && failure == Failure::Exited {

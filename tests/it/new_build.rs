@@ -67,6 +67,13 @@ fn one_that_takes_long_to_be_reaped() {
 }
 
 #[test]
+fn one_that_a_realtime_signal_kills() {
+    let server = Server::http();
+    let bad = server.home.script("bad", "#!/bin/sh\nkill -40 $$\n");
+    program(&bad, &server).complains("was killed by signal 40 before it was ready");
+}
+
+#[test]
 fn missing() {
     let server = Server::http();
     program(&server.home.path("nothing"), &server).complains("No such file").complains("put the new build there");

@@ -4,12 +4,12 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
 use super::Supervisor;
 use crate::supervisor::machine::{Event, WorkerId};
 use crate::supervisor::options::Ready;
+use crate::sys::End;
 
 /// Between two runs of --ready-cmd.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
@@ -82,15 +82,15 @@ impl Supervisor {
     }
 
     /// A child that is no worker has ended. False: it was no run of the command.
-    pub(super) fn check_ended(&mut self, pid: Pid, status: WaitStatus) -> bool {
+    pub(super) fn check_ended(&mut self, pid: Pid, end: End) -> bool {
         let Some((id, worker)) = self.workers.iter_mut().find(|(_, worker)| worker.check == Some(pid)) else {
             return false;
         };
         let id = *id;
         worker.check = None;
         let waits = self.machine.worker(id).is_some_and(|worker| worker.is_starting());
-        match waits.then_some(status) {
-            Some(WaitStatus::Exited(_, 0)) => self.is_ready(id),
+        match waits.then_some(end) {
+            Some(End::Exited { status: 0 }) => self.is_ready(id),
             Some(_) => worker.next_look = Some(Instant::now() + CHECK_INTERVAL),
             None => {}
         }

@@ -6,14 +6,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use signal_hook::consts::SIGCHLD;
 
 use super::Supervisor;
-use crate::engine::exit_words;
 use crate::reap;
 use crate::supervisor::machine::{Event, WorkerId};
+use crate::sys::{self, Child, End};
 use crate::watch::lock;
 
 /// SIGCHLD as something to poll.
@@ -56,7 +56,7 @@ impl Reaper {
 
 impl Supervisor {
     pub(super) fn reap(&mut self) {
-        while let Some((pid, status)) = self.ended_child() {
+        while let Some((pid, end)) = self.ended_child() {
             let worker = self.workers.iter().find(|(_, worker)| worker.pid == pid).map(|(id, _)| *id);
             // As long as it is not reaped, its number and that of its group are nobody else's.
             if let Some(id) = worker {
@@ -65,26 +65,22 @@ impl Supervisor {
             self.kill_what_is_left_of_rehearsal(pid);
             self.reaper.reap(pid);
             match worker {
-                Some(id) => self.worker_ended(id, status),
-                None => self.other_ended(pid, status),
+                Some(id) => self.worker_ended(id, end),
+                None => self.other_ended(pid, end),
             }
         }
     }
 
     /// One that has ended and is not being reaped. The kernel names the first of all, behind which others of ours may be.
-    fn ended_child(&self) -> Option<(Pid, WaitStatus)> {
-        let look = |id| {
-            let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-            let status = waitid(id, ended).ok()?;
-            Some((status.pid()?, status))
-        };
+    fn ended_child(&self) -> Option<(Pid, End)> {
+        let look = |child| sys::ended_child(child).ok().flatten();
         // As long as this is locked, none of them is reaped and forgotten.
         let reaping = lock(&self.reaper.0);
-        let new = |(pid, _): &(Pid, WaitStatus)| !reaping.contains(pid);
-        let first = look(Id::All)?;
+        let new = |(pid, _): &(Pid, End)| !reaping.contains(pid);
+        let first = look(Child::Any)?;
         let of_workers = self.workers.values().flat_map(|worker| [Some(worker.pid), worker.check]).flatten();
         let mut ours = of_workers.chain(self.replacement.iter().map(|replacement| replacement.child));
-        Some(first).filter(new).or_else(|| ours.find_map(|pid| look(Id::Pid(pid)).filter(new)))
+        Some(first).filter(new).or_else(|| ours.find_map(|pid| look(Child::Pid(pid)).filter(new)))
     }
 
     /// What the worker has started must not serve on without it.
@@ -92,19 +88,18 @@ impl Supervisor {
         self.workers.get_mut(&id).into_iter().for_each(|worker| worker.kill());
     }
 
-    fn worker_ended(&mut self, id: WorkerId, status: WaitStatus) {
+    fn worker_ended(&mut self, id: WorkerId, end: End) {
         // It may have said why.
         self.read_conversation(id);
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let words = exit_words(status).unwrap_or_else(|| "ended".to_owned());
-        log::info!("process {} {words}", worker.pid);
-        self.last_exit = Some((worker.slot, format!("{words} before it was ready")));
-        worker.exit = Some(words);
+        log::info!("process {} {end}", worker.pid);
+        self.last_exit = Some((worker.slot, format!("{end} before it was ready")));
+        worker.exit = Some(end.to_string());
         // Its last words: a pipe holds no more than that.
         self.blocked.extend(worker.pass_on());
         // One that ends by the very signal that tells it to stop has finished nothing.
         let open = std::mem::take(&mut worker.open);
-        if matches!(status, WaitStatus::Signaled(..)) {
+        if matches!(end, End::Killed { .. }) {
             self.count_cut(id, open);
         }
         let drained = self.draining_workers().iter().any(|(other, _)| *other == id);
@@ -117,10 +112,10 @@ impl Supervisor {
         }
     }
 
-    fn other_ended(&mut self, pid: Pid, status: WaitStatus) {
-        if self.check_ended(pid, status) || self.rehearsal_ended(pid, status) {
+    fn other_ended(&mut self, pid: Pid, end: End) {
+        if self.check_ended(pid, end) || self.rehearsal_ended(pid, end) {
             return;
         }
-        log::debug!("process {pid}, which no other process waited for, {}", exit_words(status).unwrap_or_default());
+        log::debug!("process {pid}, which no other process waited for, {end}");
     }
 }

@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::signal::{SigSet, Signal, kill, killpg};
-use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
@@ -26,13 +25,14 @@ use crate::config::Config;
 use crate::control::UpgradeRequest;
 use crate::control::messages::{Event as Said, Outcome, ResultEvent, StageEvent, StageName};
 use crate::control::server::ClientId;
-use crate::engine::{exit_words, milliseconds_since};
+use crate::engine::milliseconds_since;
 use crate::error::Error;
 use crate::fault;
 use crate::saved::moment;
 use crate::supervisor::machine::Phase;
 use crate::supervisor::output::{Output, Stream};
 use crate::supervisor::trampoline;
+use crate::sys::End;
 use crate::upgrade::spawn::{Plan, Started, c_string};
 
 /// How long a new build may take to say that it can.
@@ -53,7 +53,7 @@ pub(super) struct Replacement {
     pub(super) stderr: Output,
     pub(super) deadline: Instant,
     /// How the rehearsal ended.
-    exit: Option<WaitStatus>,
+    exit: Option<End>,
 }
 
 type Identity = (u64, u64, i64, i64);
@@ -160,11 +160,11 @@ impl Supervisor {
     }
 
     /// A child that is no worker has ended. False: it was no rehearsal.
-    pub(super) fn rehearsal_ended(&mut self, pid: Pid, status: WaitStatus) -> bool {
+    pub(super) fn rehearsal_ended(&mut self, pid: Pid, end: End) -> bool {
         let Some(replacement) = self.replacement.as_mut().filter(|replacement| replacement.child == pid) else {
             return false;
         };
-        replacement.exit = Some(status);
+        replacement.exit = Some(end);
         replacement.stderr.pass_on();
         self.read_rehearsal();
         true
@@ -186,7 +186,7 @@ impl Supervisor {
                 ))
             }
             None => return,
-            Some(status) => verdict(status, &replacement.answered).map_err(|cause| (Outcome::Failed, cause)),
+            Some(end) => verdict(end, &replacement.answered).map_err(|cause| (Outcome::Failed, cause)),
         };
         if let Err((outcome, cause)) = verdict.and_then(|()| self.become_next().map_err(|it| (Outcome::Failed, it))) {
             self.give_up_replacement(outcome, cause);
@@ -270,15 +270,15 @@ impl Supervisor {
 }
 
 /// What the rehearsal has come to.
-fn verdict(status: WaitStatus, answered: &[u8]) -> Result<(), String> {
+fn verdict(end: End, answered: &[u8]) -> Result<(), String> {
     let answer = serde_json::from_slice::<Answer>(answered);
-    match (status, answer) {
-        (WaitStatus::Exited(_, 0), Ok(Answer { takes_over: true, .. })) => Ok(()),
+    match (end, answer) {
+        (End::Exited { status: 0 }, Ok(Answer { takes_over: true, .. })) => Ok(()),
         (_, Ok(Answer { handover, reason, .. })) => {
             Err(format!("the new build, handover {handover}, refuses: {reason}"))
         }
-        (WaitStatus::Exited(_, 0), Err(_)) => Err("the new build did not say that it can take over".to_owned()),
-        (status, Err(_)) => Err(format!("the new build {}", exit_words(status).unwrap_or_else(|| "ended".to_owned()))),
+        (End::Exited { status: 0 }, Err(_)) => Err("the new build did not say that it can take over".to_owned()),
+        (end, Err(_)) => Err(format!("the new build {end}")),
     }
 }
 

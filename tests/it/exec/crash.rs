@@ -1,6 +1,7 @@
 //! Programs that end by themselves, and a supervisor that must not.
 
-use std::process::Stdio;
+use std::fs;
+use std::process::{Command, Stdio};
 
 use handover::control::State;
 use nix::sys::signal::Signal;
@@ -122,6 +123,15 @@ fn a_supervisor_without_memory_says_so_and_serves_on() {
     server.assert_supervises(1);
 }
 
+#[test]
+fn a_worker_that_a_realtime_signal_kills_is_started_again() {
+    let server = exec(&["--workers", "2"]);
+    let pid = server.worker_pids()[0].to_string();
+    assert!(Command::new("kill").args(["-40", &pid]).status().unwrap().success());
+    eventually("another worker", || server.workers().iter().any(|worker| worker.crashes == 1).then_some(()));
+    assert!(server.home.log().contains(&format!("process {pid} was killed by signal 40")));
+}
+
 /// As the kernel makes it wait where others read /proc at that moment.
 #[test]
 fn a_supervisor_whose_child_takes_long_to_be_reaped_goes_on() {
@@ -141,6 +151,19 @@ fn a_supervisor_whose_child_takes_long_to_be_reaped_goes_on() {
         let zombies: Vec<i32> = children.filter(is_zombie).collect();
         <[i32; 1]>::try_from(zombies).ok().map(|[held]| held)
     });
+    // What came to that thread would be lost when the supervisor replaces itself.
+    let tasks = fs::read_dir(format!("/proc/{}/task", server.first_pid())).unwrap();
+    let statuses = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap());
+    let blocked: Vec<u64> = statuses
+        .filter(|text| text.contains("Name:\thandover-reaps\n"))
+        .map(|text| {
+            let mask = text.lines().find_map(|line| line.strip_prefix("SigBlk:\t"));
+            u64::from_str_radix(mask.unwrap(), 16).unwrap()
+        })
+        .collect();
+    let signals = [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR2];
+    let all = signals.iter().fold(0, |mask, signal| mask | 1 << (*signal as u32 - 1));
+    assert_eq!(blocked.iter().map(|mask| mask & all).collect::<Vec<u64>>(), [all]);
     // Those that end after it may be behind it in the kernel's list.
     server.signal(server.worker_pids()[0], Signal::SIGKILL);
     eventually("another worker", || server.workers().iter().any(|worker| worker.crashes == 1).then_some(()));
