@@ -52,7 +52,7 @@ fn who(handover: &Handover) -> String {
     format!("gen={} pid={}", handover.generation(), std::process::id())
 }
 
-// Both read the body of the request, whatever it is: hyper closes a connection on which that is left, and does not say so.
+// Both read the body of the request, up to axum's limit: hyper closes a connection on which some is left, and does not say so.
 
 async fn identity(State(handover): State<Handover>, _: Bytes) -> String {
     who(&handover)

@@ -183,6 +183,13 @@ title() {
     printf '\n%s--- %s%s\n' "$bold" "$1" "$plain"
 }
 
+# What runs beside the others has ended, or is not needed any more.
+end_beside() {
+    if kill "$beside" 2>/dev/null; then wait "$beside" || true; fi
+    cat "$beside_log"
+    rm -f "$beside_log"
+}
+
 install_missing
 able=()
 for part in "${parts[@]}"; do
@@ -193,19 +200,18 @@ for part in "${able[@]}"; do
     begun=$SECONDS
     title "$part"
     # Both wait most of the time, for services that start and drain, so the second runs beside the first.
-    if [[ $part == systemd && " ${able[*]} " == *" fleet "* ]]; then
+    if [[ $part == systemd && " ${able[*]} " == *" systemd "*"fleet "* ]]; then
         cargo build --quiet --all-features --bins --examples
         beside_log=$(mktemp "${TMPDIR:-/tmp}/handover-fleet.XXXXXX")
         scripts/fleet-test.sh >"$beside_log" 2>&1 &
         beside=$!
-        trap 'kill "$beside" 2>/dev/null || true' EXIT
+        trap end_beside EXIT
     fi
     if [[ $part == fleet && -n $beside ]]; then
         failed=0
         wait "$beside" || failed=$?
+        end_beside
         trap - EXIT
-        cat "$beside_log"
-        rm -f "$beside_log"
         ((failed == 0)) || exit "$failed"
     else
         # Not in a condition, where a failure inside would be passed over.

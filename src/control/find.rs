@@ -51,8 +51,11 @@ pub fn services() -> Vec<Service> {
     let mut namespaces = HashMap::new();
     let find = |pid: i32| {
         let namespace = fs::metadata(format!("/proc/{pid}/ns/net")).ok()?.ino();
-        let all = || (0..READINGS).filter_map(|_| read_table(pid).ok()).flatten().collect();
-        let table: &Vec<u8> = namespaces.entry(namespace).or_insert_with(all);
+        let table: &mut Vec<u8> = namespaces.entry(namespace).or_default();
+        // Where the one before has ended meanwhile it is empty.
+        if table.is_empty() {
+            *table = (0..READINGS).filter_map(|_| read_table(pid).ok()).flatten().collect();
+        }
         find_in(pid, table).ok().flatten()
     };
     let mut found: Vec<Service> = pids.filter_map(find).collect();

@@ -14,7 +14,7 @@ const PROCESSES_MAX: usize = 1024;
 /// The process and its descendants, as far as they can be seen. One that was orphaned is not among them any more.
 pub(super) fn of(root: Pid) -> Vec<Pid> {
     let mut family = vec![root];
-    let _ = extend(&mut family);
+    let _ = extend(&mut family).and_then(|()| extend(&mut family));
     family
 }
 
@@ -27,8 +27,6 @@ pub(super) fn sockets(worker: Pid) -> Vec<u64> {
 /// The same, if nothing is left out and the worker lives.
 pub(super) fn all_sockets(worker: Pid) -> io::Result<Vec<u64>> {
     let mut family = vec![worker];
-    // Twice: the kernel gives the children one by one, and one that ends in between can hide the next. Those of a thread that
-    // ends become another thread's, which may have been looked at.
     extend(&mut family)?;
     extend(&mut family)?;
     if family.len() >= PROCESSES_MAX {
@@ -46,7 +44,8 @@ pub(super) fn all_sockets(worker: Pid) -> io::Result<Vec<u64>> {
     if has_fds(worker) { Ok(sockets) } else { Err(io::Error::other("it has ended")) }
 }
 
-/// By all descendants of the first that are not in it yet.
+/// By all descendants of the first that are not in it yet. It is done twice: the kernel gives the children one by one, and one
+/// that ends in between can hide the next. Those of a thread that ends become another thread's, which may have been looked at.
 fn extend(family: &mut Vec<Pid>) -> io::Result<()> {
     let mut looked_at = 0;
     while let Some(pid) = family.get(looked_at).copied().filter(|_| family.len() < PROCESSES_MAX) {
