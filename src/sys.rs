@@ -26,4 +26,6 @@ pub(crate) use signals::ignored_signals;
 pub(crate) use socket::receive_with_uid;
 pub(crate) use socket::{accept_backlog, receive_from, unread_bytes};
 pub(crate) use spawn::{SpawnRequest, spawn};
-pub(crate) use wait::{Child, End, ended_child};
+#[cfg(feature = "cli")]
+pub(crate) use wait::End;
+pub(crate) use wait::{Child, ended_child};
