@@ -297,6 +297,9 @@ pub(crate) fn state_of(stat: &std::path::Path) -> Option<char> {
     fs::read_to_string(stat).ok()?.rsplit_once(") ")?.1.chars().next()
 }
 
+/// With all its threads: one that lives has the sockets still, and the main thread of one that is killed may end first.
 pub(crate) fn has_ended(pid: i32) -> bool {
-    matches!(state_of(format!("/proc/{pid}/stat").as_ref()), None | Some('Z' | 'X'))
+    let is_over = |stat: &std::path::Path| matches!(state_of(stat), None | Some('Z' | 'X'));
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    threads.map(|thread| thread.path().join("stat")).all(|stat| is_over(&stat))
 }

@@ -54,9 +54,9 @@ def units_of_page(name: str = PAGE) -> Dict[str, Tuple[str, str]]:
 
 
 def lives(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    """Any of its threads, which have its sockets: the main thread may end first."""
+    with contextlib.suppress(FileNotFoundError):
+        return bool(states(pid) - {"Z", "X"})
     return False
 
 
