@@ -17,7 +17,7 @@ mod wait;
 pub(crate) use accept::{IpAddress, accept, accept_with_peer};
 pub(crate) use fds::{FdTable, dup_at_least, fd_from_environment, receive_fds, replace_stderr};
 #[cfg(feature = "cli")]
-pub(crate) use pidfd::pidfd_getfd;
+pub(crate) use pidfd::{pidfd_getfd, pidfd_open_thread};
 pub(crate) use pidfd::{pidfd_of_peer, pidfd_open, pidfd_send_signal};
 #[cfg(feature = "cli")]
 pub(crate) use seccomp::{Notification, install_filter, notification_is_available};

@@ -24,13 +24,20 @@ const ANCESTORS_MAX: usize = 64;
 pub(super) struct Caller {
     pub(super) pid: Pid,
     parent: Pid,
-    process: OwnedFd,
+    /// `/proc` shows nothing by the number of a process whose main thread has ended.
+    thread: Pid,
+    pidfd: OwnedFd,
 }
 
 impl Caller {
     pub(super) fn of_thread(thread: Pid) -> io::Result<Self> {
         let (pid, parent) = process_and_parent(thread)?;
-        Ok(Self { pid, parent, process: sys::pidfd_open(pid)? })
+        let pidfd = match thread == pid {
+            true => sys::pidfd_open(pid)?,
+            // Before Linux 6.9 by way of the main thread, as long as that lives.
+            false => sys::pidfd_open_thread(thread).or_else(|_| sys::pidfd_open(pid))?,
+        };
+        Ok(Self { pid, parent, thread, pidfd })
     }
 
     /// Whether it is the worker, or was started by it or by what that has started.
@@ -48,19 +55,19 @@ impl Caller {
 
     /// A copy of its fd.
     pub(super) fn fd(&self, number: RawFd) -> io::Result<OwnedFd> {
-        sys::pidfd_getfd(self.process.as_fd(), number)
+        sys::pidfd_getfd(self.pidfd.as_fd(), number)
     }
 
     /// The numbers by which it has that socket, each with whether it is closed at exec.
     pub(super) fn numbers_of(&self, inode: u64) -> Vec<(RawFd, bool)> {
-        let fds = family::fds(self.pid).unwrap_or_default();
+        let fds = family::fds(self.thread).unwrap_or_default();
         let numbers =
             fds.iter().filter(|(_, link)| family::socket_inode(link) == Some(inode)).map(|(number, _)| *number);
         numbers.map(|number| (number, self.is_closed_at_exec(number))).collect()
     }
 
     fn is_closed_at_exec(&self, number: RawFd) -> bool {
-        let text = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.pid)).unwrap_or_default();
+        let text = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.thread)).unwrap_or_default();
         let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
         let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
         flags.is_some_and(|flags| flags & libc::O_CLOEXEC != 0)
@@ -89,7 +96,7 @@ impl Caller {
 
     /// The path as this process sees it: from the root and the directory of the caller.
     pub(super) fn path(&self, directory: Option<RawFd>, path: &Path) -> PathBuf {
-        let link = |name: &str| fs::read_link(format!("/proc/{}/{name}", self.pid)).unwrap_or_default();
+        let link = |name: &str| fs::read_link(format!("/proc/{}/{name}", self.thread)).unwrap_or_default();
         let path = match path.strip_prefix("/") {
             Ok(below_root) => link("root").join(below_root),
             Err(_) => link(&directory.map_or("cwd".to_owned(), |number| format!("fd/{number}"))).join(path),
@@ -98,7 +105,7 @@ impl Caller {
     }
 
     fn memory(&self) -> io::Result<File> {
-        File::open(format!("/proc/{}/mem", self.pid))
+        File::open(format!("/proc/{}/mem", self.thread))
     }
 }
 

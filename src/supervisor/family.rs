@@ -26,6 +26,7 @@ pub(super) fn sockets(worker: Pid) -> Vec<u64> {
 
 /// The same, if nothing is left out and the worker lives.
 pub(super) fn all_sockets(worker: Pid) -> io::Result<Vec<u64>> {
+    let worker = living_thread(worker);
     let mut family = vec![worker];
     extend(&mut family)?;
     extend(&mut family)?;
@@ -36,7 +37,7 @@ pub(super) fn all_sockets(worker: Pid) -> io::Result<Vec<u64>> {
     for pid in family {
         match fds(pid) {
             // One that has ended and was not waited for has none, and is root's.
-            Err(_) if state_of(pid.as_raw()).is_none_or(|state| state == 'Z') => {}
+            Err(_) if has_ended(pid) => {}
             fds => sockets.extend(fds?.iter().filter_map(|(_, link)| socket_inode(link))),
         }
     }
@@ -78,16 +79,33 @@ pub(super) fn threads(pid: Pid) -> impl Iterator<Item = PathBuf> {
     entries.map(|entry| entry.path())
 }
 
+/// By which `/proc` shows what a process has: its main thread, or another when that has ended, as it may (pthread_exit(3)).
+pub(super) fn living_thread(pid: Pid) -> Pid {
+    if !is_zombie(pid) {
+        return pid;
+    }
+    let number = |directory: PathBuf| Some(Pid::from_raw(directory.file_name()?.to_str()?.parse().ok()?));
+    threads(pid).filter_map(number).find(|thread| !is_zombie(*thread)).unwrap_or(pid)
+}
+
+fn has_ended(pid: Pid) -> bool {
+    is_zombie(living_thread(pid))
+}
+
+fn is_zombie(thread: Pid) -> bool {
+    state_of(thread.as_raw()).is_none_or(|state| state == 'Z')
+}
+
 /// Its fds with what they lead to.
 pub(super) fn fds(pid: Pid) -> io::Result<Vec<(i32, PathBuf)>> {
-    let entries = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+    let entries = fs::read_dir(format!("/proc/{}/fd", living_thread(pid)))?.flatten();
     let fd = |entry: fs::DirEntry| Some((entry.file_name().to_str()?.parse().ok()?, fs::read_link(entry.path()).ok()?));
     Ok(entries.filter_map(fd).collect())
 }
 
-/// The kernel takes them all away at once when a process ends, however it does.
-pub(super) fn has_fds(pid: Pid) -> bool {
-    fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|mut fds| fds.next().is_some())
+/// The kernel takes them all away at once when a thread ends, however it does.
+pub(super) fn has_fds(thread: Pid) -> bool {
+    fs::read_dir(format!("/proc/{thread}/fd")).is_ok_and(|mut fds| fds.next().is_some())
 }
 
 /// The inode, if the link is one of a socket.

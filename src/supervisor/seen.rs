@@ -67,6 +67,7 @@ impl Look {
     }
 
     fn at_process(&mut self, pid: Pid, inodes: &[u64]) -> io::Result<()> {
+        let pid = family::living_thread(pid);
         let fds = family::fds(pid)?;
         let inode = |link: &Path| family::socket_inode(link).filter(|inode| inodes.contains(inode));
         let held: BTreeMap<i32, u64> = fds.iter().filter_map(|(fd, link)| Some((*fd, inode(link)?))).collect();

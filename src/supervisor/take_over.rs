@@ -120,7 +120,7 @@ fn is_it((kind, taken): &(Kind, Taken), wanted: &Listen) -> bool {
 /// What a process serves on, but for sockets that are known already.
 fn listening(pid: Pid, known: &mut HashSet<u64>) -> io::Result<Vec<(Kind, Taken)>> {
     // One that has just ended.
-    let Ok(caller) = Caller::of_thread(pid) else { return Ok(vec![]) };
+    let Ok(caller) = Caller::of_thread(family::living_thread(pid)) else { return Ok(vec![]) };
     let mut found = Vec::new();
     for (number, link) in family::fds(pid)? {
         let Some(inode) = family::socket_inode(&link).filter(|inode| !known.contains(inode)) else { continue };

@@ -9,8 +9,18 @@ use nix::unistd::Pid;
 
 /// `pidfd_open(2)`. ESRCH when there is no such process.
 pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
+    open_with(pid, 0)
+}
+
+/// `pidfd_open(2)` of a single thread: Linux 6.9, and EINVAL before.
+#[cfg(feature = "cli")]
+pub(crate) fn pidfd_open_thread(thread: Pid) -> io::Result<OwnedFd> {
+    open_with(thread, libc::PIDFD_THREAD)
+}
+
+fn open_with(pid: Pid, flags: libc::c_uint) -> io::Result<OwnedFd> {
     // SAFETY: two integers go in; the kernel sets CLOEXEC by itself.
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), flags) })?;
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: the kernel returned a new fd that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

@@ -71,10 +71,11 @@ impl Supervisor {
     /// Those of all that were told to stop.
     fn count_connections(&mut self) -> usize {
         let (ids, pids): (Vec<WorkerId>, Vec<Pid>) = self.draining_workers().into_iter().unzip();
-        let open = connections::open(&pids, &self.sockets.addresses());
-        for (id, open) in ids.iter().zip(&open) {
+        let threads: Vec<Pid> = pids.into_iter().map(family::living_thread).collect();
+        let open = connections::open(&threads, &self.sockets.addresses());
+        for ((id, thread), open) in ids.iter().zip(&threads).zip(&open) {
             // One that is just ending has none any more, and that says nothing of how it came to that.
-            let worker = self.workers.get_mut(id).filter(|worker| family::has_fds(worker.pid));
+            let worker = self.workers.get_mut(id).filter(|_| family::has_fds(*thread));
             worker.into_iter().for_each(|worker| worker.open = *open);
         }
         open.iter().sum()

@@ -1,6 +1,7 @@
 //! Programs that do not make it easy.
 
 use super::*;
+use crate::server::has_ended;
 
 #[test]
 fn a_socket_that_was_copied_before_it_was_bound_is_replaced_everywhere() {
@@ -8,6 +9,56 @@ fn a_socket_that_was_copied_before_it_was_bound_is_replaced_everywhere() {
     let server = exec_at(address, &[]);
     server.upgrade(&["--env", "PLAIN=copy", "--wait", "drained"]).exits_with(0);
     assert_eq!(get(address, "/env/HANDOVER_GENERATION"), "2");
+}
+
+/// The others go on, and what is in `/proc` under the process's own number is empty from then on (pthread_exit(3)).
+pub(super) const MAIN_THREAD_ENDS: &str = r#"
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+before, after = socket.create_server(address()), None
+
+def main_thread_has_ended():
+    with open("/proc/self/stat") as stat:
+        return stat.read().rpartition(") ")[2][0] == "Z"
+
+def serve(listener):
+    while True:
+        answer(listener)
+
+def serve_by_epoll(listener):
+    poll = select.epoll()
+    poll.register(listener, select.EPOLLIN)
+    while poll.poll():
+        answer(listener)
+
+def go_on():
+    while not main_thread_has_ended():
+        time.sleep(0.001)
+    threading.Thread(target=serve, args=[before]).start()
+    threading.Thread(target=serve_by_epoll, args=[socket.create_server(address(1))]).start()
+    signal.sigwait([signal.SIGTERM])
+    os._exit(0)
+
+threading.Thread(target=go_on).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)
+"#;
+
+#[test]
+fn a_program_that_ends_its_main_thread_is_seen_to_serve() {
+    let address = own_address();
+    let server = python(MAIN_THREAD_ENDS, &[&address.to_string()]);
+    assert!(!has_ended(server.worker_pids()[0]), "its other threads live");
+    let sockets = server.sockets();
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(server.sockets(), sockets);
+    assert_eq!(sockets.len(), 2);
+    for address in [address, next_to(address)] {
+        assert_eq!(ask(address, "/").answerer().generation, 2);
+    }
+}
+
+/// As `address(1)` of a script.
+pub(super) fn next_to(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip(), address.port() + 1)
 }
 
 const PREFORKED: &str = r#"

@@ -16,17 +16,32 @@ while True:
 
 #[test]
 fn what_a_server_has_as_a_client_is_not_taken() {
-    let (home, address) = (Home::new(), own_address());
-    let (script, text) = (script(WITH_CLIENTS), address.to_string());
-    let program = ["python3", "-c", &script, &text];
-    let mut command = home.logged(program[0], &program[1..]);
-    let mut old = command.env("HANDOVER_GENERATION", "0").spawn().unwrap();
-    eventually("the server", || TcpStream::connect(address).ok());
-    let server = exec_in(home, &["--take-over", &old.id().to_string()], &program);
-    assert!(old.wait().unwrap().success());
+    let address = own_address();
+    let server = taken_over(WITH_CLIENTS, address, address);
     assert_eq!(server.sockets().len(), 1);
     assert_eq!(ask(address, "/").answerer().generation, 1);
     assert!(server.home.log().contains("may be a client's, and is left to it: name all of its addresses"));
+}
+
+#[test]
+fn a_server_that_has_ended_its_main_thread_is_taken_over() {
+    let address = own_address();
+    let server = taken_over(awkward::MAIN_THREAD_ENDS, address, awkward::next_to(address));
+    assert_eq!(server.sockets().len(), 2);
+    assert_eq!(ask(address, "/").answerer().generation, 1);
+}
+
+/// What has taken the place of a server that runs such a script, which listens on `last` in the end.
+fn taken_over(text: &str, address: SocketAddr, last: SocketAddr) -> Server {
+    let home = Home::new();
+    let (script, text) = (script(text), address.to_string());
+    let program = ["python3", "-c", &script, &text];
+    let mut command = home.logged(program[0], &program[1..]);
+    let mut old = command.env("HANDOVER_GENERATION", "0").spawn().unwrap();
+    eventually("the server", || TcpStream::connect(last).ok());
+    let server = exec_in(home, &["--take-over", &old.id().to_string()], &program);
+    assert!(old.wait().unwrap().success());
+    server
 }
 
 /// Among the ports that the kernel gives to clients.
