@@ -233,6 +233,7 @@ wants() {
 ask_and_go_on() {
     # Before the command is there: what an earlier one has written would be taken for its words.
     : >"$scratch/answer.json"
+    asked_at=${EPOCHREALTIME/./}
     "$handover" upgrade --pid "$main" --json "${@:2}" >>"$scratch/answer.json" 2>&1 &
     asking=$!
     until_true 30 "$service, step $step (seed $seed): not $1 in 30 s" is_said "$1"
@@ -363,7 +364,6 @@ strike() {
     pause 0 "$1"
     struck=$(seen_from_here "$spawned")
     [[ -n $struck ]] || wrong "there is no new process $spawned"
-    struck_at=${EPOCHREALTIME/./}
     kill -STOP "$struck" || wrong "the new process $struck has gone"
     until_true 10 "$service, step $step (seed $seed): SIGSTOP does not stop it" is_stopped "$struck"
     ! grep -q '"healthy"' "$scratch/answer.json" && ! has_connections "$struck"
@@ -386,10 +386,11 @@ spare() {
     pause 0 100
     # It may have been killed as one that stands still.
     kill -CONT "$struck" 2>/dev/null || true
-    local stood_us=$((${EPOCHREALTIME/./} - struck_at))
+    local since_us=$((${EPOCHREALTIME/./} - asked_at))
     wait_for_answer
-    # On a machine so busy that this took as long as the trial it has been given up, and rightly, with all that it had accepted.
-    if ((stood_us > 1500000 && code == 1)) && grep -q 'stands still' "$scratch/answer.json"; then
+    # On a machine so busy that the trial, of two seconds, was over before this it has been given up, and rightly, with all that
+    # it had accepted.
+    if ((since_us > 2000000 && code == 1)) && grep -q 'stands still' "$scratch/answer.json"; then
         gained=0 may_lose=1
         return
     fi
