@@ -172,6 +172,11 @@ impl Worker {
     fn is_up(&self) -> bool {
         matches!(self.stage, Stage::Starting { .. } | Stage::Ready)
     }
+
+    /// Its end is a crash, after which the next one is started, and not before.
+    fn is_to_be_followed(&self) -> bool {
+        self.is_up() || matches!(self.stage, Stage::Killed { crashed: true, .. })
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -411,5 +416,7 @@ fn after(timeout: Duration, now: Instant) -> Option<Instant> {
     (!timeout.is_zero()).then(|| now + timeout)
 }
 
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod tests;

@@ -13,7 +13,7 @@ impl Machine {
         for slot in 0..self.policy.workers {
             let mut here = self.workers.values().filter(|worker| worker.slot == slot);
             let taken = match self.overlap {
-                true => here.any(|worker| worker.generation == self.generation && worker.is_up()),
+                true => here.any(|worker| worker.generation == self.generation && worker.is_to_be_followed()),
                 false => here.next().is_some(),
             };
             let awaited = self.crashes.get(&slot).is_some_and(|crashes| crashes.restart_at.is_some());
