@@ -333,18 +333,46 @@ impl Machine {
         matches!(self.doing, Doing::Rolling(_))
     }
 
-    /// Why no upgrade can begin now. One without overlap ends what drains before it starts anything.
+    /// Of the next upgrade. What a failed one has left serving keeps its number for itself.
+    pub(crate) fn next_generation(&self) -> u64 {
+        let serving = self.workers.values().filter(|worker| worker.is_up()).map(|worker| worker.generation);
+        serving.max().unwrap_or_default().max(self.generation) + 1
+    }
+
+    /// Whether a worker is part of the upgrade under way.
+    pub(crate) fn is_new(&self, worker: &Worker) -> bool {
+        matches!(&self.doing, Doing::Rolling(roll) if roll.generation == worker.generation)
+    }
+
+    /// Why no upgrade can begin now. One without overlap ends what drains before it starts anything. Where the build that was
+    /// committed last does not come up any more, only another upgrade can put it right.
     pub(crate) fn refusal_of(&self, order: &Order) -> Option<Refusal> {
-        let mut draining: Vec<u64> =
+        let too_many = order.overlap && self.draining() >= self.policy.max_draining;
+        let is_stuck = |worker: &Worker| self.crashes(worker.slot) > 0;
+        self.refusal_but_for(is_stuck).or(too_many.then_some(Refusal::TooManyDraining))
+    }
+
+    /// How many older generations drain, or how many workers in one slot: builds that have failed leave some as well.
+    fn draining(&self) -> usize {
+        let mut older: Vec<u64> =
             self.workers.values().map(|worker| worker.generation).filter(|one| *one < self.generation).collect();
-        draining.dedup();
-        let too_many = order.overlap && draining.len() >= self.policy.max_draining;
-        self.refusal().or(too_many.then_some(Refusal::TooManyDraining))
+        older.dedup();
+        let mut in_slots = BTreeMap::new();
+        for worker in self.workers.values().filter(|worker| !worker.is_up()) {
+            *in_slots.entry(worker.slot).or_default() += 1;
+        }
+        older.len().max(in_slots.into_values().max().unwrap_or_default())
     }
 
     /// Why nothing can be changed now.
     pub(crate) fn refusal(&self) -> Option<Refusal> {
-        let rolls_back = self.workers.values().any(|worker| worker.is_up() && worker.generation > self.generation);
+        self.refusal_but_for(|_| false)
+    }
+
+    /// As if those were not there that a failed upgrade has left serving.
+    fn refusal_but_for(&self, which: impl Fn(&Worker) -> bool) -> Option<Refusal> {
+        let left = |worker: &&Worker| worker.is_up() && worker.generation > self.generation;
+        let rolls_back = self.workers.values().filter(left).any(|worker| !which(worker));
         match self.doing {
             Doing::Rolling(_) => Some(Refusal::UnderWay),
             Doing::Nothing if rolls_back => Some(Refusal::UnderWay),

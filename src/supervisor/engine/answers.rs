@@ -130,7 +130,7 @@ impl Supervisor {
         }
         requester.client().into_iter().for_each(|client| self.accept(client));
         self.await_what_is_held();
-        let (begun, generation) = (Instant::now(), self.machine.generation() + 1);
+        let (begun, generation) = (Instant::now(), self.machine.next_generation());
         let terms = self.terms_of(&order, generation);
         let ready_delay = request.ready_delay();
         self.attempt = Some(Attempt { requester, begun, verb, generation, ready_delay, terms, cut: 0, cause: None });
@@ -158,6 +158,9 @@ impl Supervisor {
         match refusal {
             Refusal::UnderWay if self.machine.phase() == Phase::Starting => {
                 format!("process {pid} is still starting up")
+            }
+            Refusal::UnderWay if self.machine.phase() == Phase::Serving => {
+                "the last upgrade is being rolled back".to_owned()
             }
             Refusal::UnderWay => "another upgrade is under way".to_owned(),
             Refusal::Stopping => format!("process {pid} was told to stop and is draining"),

@@ -125,8 +125,8 @@ impl Supervisor {
 
     /// A new worker that was stopped serves nobody, and in a moment there is no way back.
     pub(super) fn look_at_those_that_stand_still(&mut self) {
-        let (phase, committed) = (self.machine.phase(), self.machine.generation());
-        let new = self.machine.workers().filter(|(_, worker)| phase == Phase::Trial && worker.generation > committed);
+        let in_trial = self.machine.phase() == Phase::Trial;
+        let new = self.machine.workers().filter(|(_, worker)| in_trial && self.machine.is_new(worker));
         let ids: Vec<WorkerId> = new.map(|(id, _)| id).collect();
         for id in ids {
             let Some(worker) = self.workers.get_mut(&id).filter(|worker| stands_still(worker.pid)) else { continue };

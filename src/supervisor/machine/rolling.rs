@@ -6,7 +6,7 @@ use super::{Action, Build, Doing, Failure, KILL_TIMEOUT, Machine, Order, Roll, S
 
 impl Machine {
     pub(super) fn roll(&mut self, order: Order, now: Instant) {
-        let generation = self.generation + 1;
+        let generation = self.next_generation();
         self.overlap = order.overlap;
         self.doing = Doing::Rolling(Roll { order, generation, slots: 0..0, step: Step::Starting });
         self.next_step(now);
@@ -102,12 +102,13 @@ impl Machine {
     }
 
     /// The one end of every failure: the new workers go, and the old ones are as they were. A new one that serves already
-    /// finishes what it has accepted; where the old one of its slot is not there any more, it serves until that is back.
+    /// finishes what it has accepted; where the old one of its slot is not there any more, it serves until that is back. So does
+    /// what an upgrade before has left.
     pub(super) fn give_up(&mut self, failure: Failure, worker: Option<WorkerId>, now: Instant) {
         let Doing::Rolling(roll) = std::mem::replace(&mut self.doing, Doing::Nothing) else { return };
         let committed = |worker: &&Worker| worker.generation == self.generation && worker.stage == Stage::Ready;
         let served: Vec<usize> = self.workers.values().filter(committed).map(|worker| worker.slot).collect();
-        for (id, new) in self.workers.iter_mut().filter(|(_, worker)| worker.generation == roll.generation) {
+        for (id, new) in self.workers.iter_mut().filter(|(_, worker)| worker.generation > self.generation) {
             match new.stage {
                 Stage::Ready if self.generation > 0 => {
                     if served.contains(&new.slot) || !self.overlap {

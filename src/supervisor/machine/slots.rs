@@ -61,18 +61,15 @@ impl Machine {
     }
 
     pub(super) fn refused(&mut self, id: WorkerId, now: Instant) {
-        let is_new =
-            |worker: &Worker| matches!(&self.doing, Doing::Rolling(roll) if roll.generation == worker.generation);
-        if self.workers.get(&id).is_some_and(|worker| worker.is_up() && is_new(worker)) {
+        if self.workers.get(&id).is_some_and(|worker| worker.is_up() && self.is_new(worker)) {
             self.give_up(Failure::Refused, Some(id), now);
         }
     }
 
     pub(super) fn gone(&mut self, id: WorkerId, failure: Failure, now: Instant) {
         let Some(worker) = self.workers.remove(&id) else { return };
-        let is_new = matches!(&self.doing, Doing::Rolling(roll) if roll.generation == worker.generation);
         match worker.stage {
-            Stage::Starting { .. } | Stage::Ready if is_new => self.give_up(failure, Some(id), now),
+            Stage::Starting { .. } | Stage::Ready if self.is_new(&worker) => self.give_up(failure, Some(id), now),
             Stage::Starting { .. } | Stage::Ready | Stage::Killed { crashed: true, .. } => self.crashed(&worker, now),
             Stage::Stopping { .. } | Stage::Killed { .. } => {}
         }

@@ -141,6 +141,22 @@ fn a_second_upgrade_meanwhile_is_refused_and_so_are_too_many_that_drain() {
     assert_eq!(driven.spawned().len(), 1);
 }
 
+/// Each leaves a worker that has clients by then, of the same generation as the next.
+#[test]
+fn too_many_that_failed_and_still_drain_are_too_many_as_well() {
+    let mut driven = Driven::serving(2);
+    for id in [2, 4, 6, 8] {
+        driven.tell(Event::Upgrade(Order { drain_timeout: Duration::ZERO, ..order() }));
+        driven.tell(Event::Ready(id));
+        driven.tell(Event::Exited(id + 1));
+        assert_eq!(driven.machine.phase(), Phase::Serving);
+    }
+    assert_eq!(driven.tell(Event::Upgrade(order())), [Action::Refuse(Refusal::TooManyDraining)]);
+    driven.tell(Event::Exited(2));
+    driven.tell(Event::Upgrade(order()));
+    assert_eq!(driven.spawned().len(), 2);
+}
+
 #[test]
 fn a_crashed_worker_is_started_again_from_the_committed_build_with_growing_delays() {
     let mut driven = Driven::serving(1);
@@ -226,6 +242,64 @@ fn in_steps_the_next_slots_wait_until_the_old_workers_are_gone() {
     assert_eq!(driven.tell(Event::Upgrade(order())), [Action::Refuse(Refusal::UnderWay)]);
     assert_eq!(driven.tell(Event::Ready(6)), [Action::Stop(3)]);
     assert_eq!(driven.tell(Event::Ready(7)), [Action::Stop(4)]);
+}
+
+/// Or nobody could ever put it right: the build that serves in that place is one that has failed.
+#[test]
+fn one_that_cannot_be_rolled_back_can_be_upgraded() {
+    let mut driven = Driven::serving(2);
+    driven.tell(Event::Upgrade(Order { step: 1, trial: Duration::ZERO, ..order() }));
+    driven.tell(Event::Ready(2));
+    driven.tell(Event::Exited(0));
+    assert_eq!(driven.spawned(), [(3, 2, Build::New)]);
+    // The second new one fails, and the old build does not come up any more in the place of the first.
+    driven.tell(Event::Exited(3));
+    assert_eq!(driven.spawned(), [(4, 1, Build::Committed)]);
+    assert_eq!(driven.tell(Event::Upgrade(order())), [Action::Refuse(Refusal::UnderWay)]);
+    driven.tell(Event::Exited(4));
+    assert_eq!(driven.spawned(), [(5, 1, Build::Committed)]);
+    // Another build, which fails as well, and one that does not. Whoever serves goes on serving.
+    driven.tell(Event::Upgrade(order()));
+    assert_eq!(driven.spawned(), [(6, 3, Build::New), (7, 3, Build::New)]);
+    driven.tell(Event::Ready(6));
+    assert_eq!(driven.machine.phase(), Phase::Upgrading);
+    let failed = Action::Fail { failure: Failure::Exited, worker: Some(7), in_trial: false };
+    assert_eq!(driven.tell(Event::Exited(7)), [failed]);
+    driven.tell(Event::Upgrade(order()));
+    assert_eq!(driven.spawned(), [(8, 4, Build::New), (9, 4, Build::New)]);
+    // It is up again after all, and is not waited for.
+    driven.tell(Event::Ready(5));
+    driven.tell(Event::Ready(8));
+    driven.tell(Event::Ready(9));
+    let stopped = [1, 2, 5, 6].map(Action::Stop);
+    assert_eq!(driven.after(SECOND), [vec![Action::Commit], stopped.to_vec()].concat());
+    assert_eq!(driven.machine.generation(), 4);
+}
+
+/// While nobody can upgrade it, what has failed before is told to stop where the old build is back.
+#[test]
+fn whatever_failed_is_relieved_also_after_another_failure() {
+    let mut driven = Driven::serving(2);
+    driven.tell(Event::Upgrade(Order { step: 1, trial: Duration::ZERO, ..order() }));
+    driven.tell(Event::Ready(2));
+    driven.tell(Event::Exited(0));
+    driven.tell(Event::Exited(3));
+    driven.tell(Event::Exited(4));
+    driven.tell(Event::Upgrade(order()));
+    driven.tell(Event::Ready(5));
+    let failed = Action::Fail { failure: Failure::Exited, worker: Some(7), in_trial: false };
+    assert_eq!(driven.tell(Event::Exited(7)), [Action::Stop(2), Action::Dismiss(6), failed]);
+}
+
+#[test]
+fn one_that_is_killed_because_it_is_never_ready_is_not_followed_before_it_is_dead() {
+    let mut driven = Driven::serving(2);
+    driven.tell(Event::Exited(0));
+    assert_eq!(driven.after(30 * SECOND), [Action::Kill(2)]);
+    driven.tell(Event::Exited(1));
+    assert_eq!(driven.spawned(), [(3, 1, Build::Committed)]);
+    driven.tell(Event::Exited(2));
+    assert!(matches!(driven.actions[..], [Action::Crashed { slot: 0, times: 2, .. }]), "{:?}", driven.actions);
 }
 
 #[test]

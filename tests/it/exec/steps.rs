@@ -1,7 +1,8 @@
 //! Upgrades of fewer than all workers at a time, and of programs that cannot run twice.
 
 use crate::client::ask;
-use crate::exec::exec;
+use crate::exec::{exec, exec_in, plain};
+use crate::home::Home;
 use crate::wait::{LONG, eventually};
 use handover::control::State;
 
@@ -40,6 +41,36 @@ fn a_later_step_that_fails_brings_all_old_ones_back() {
     });
     load.stop().assert_lossless();
     server.assert_supervises(3);
+}
+
+/// What the failed build has left serving stays until another build is there.
+#[test]
+fn one_whose_old_build_does_not_come_up_any_more_can_be_upgraded() {
+    let home = Home::new();
+    let gone = home.path("gone");
+    let text = format!(
+        "#!/bin/sh\ntest -n \"$PLAIN\" || ! test -e '{}' || exit 4\nexec {}\n",
+        gone.display(),
+        plain().display()
+    );
+    let program = home.script("program", &text);
+    let server = exec_in(home, &["--workers", "2", "--surge", "1"], program.to_str().unwrap());
+    let load = server.load().start();
+    std::fs::write(&gone, "").unwrap();
+    server
+        .upgrade(&["--env", "PLAIN=exit=3,worker=1", "--trial", "50ms"])
+        .exits_with(1)
+        .complains("worker 1 of the new build exited with status 3 before it was ready; generation 1 serves on");
+    eventually("a crash of the old build", || {
+        let workers = server.workers();
+        let serves = |generation| workers.iter().any(|one| (one.generation, one.state) == (generation, State::Serving));
+        (serves(1) && serves(2) && workers.iter().any(|worker| worker.crashes > 0)).then_some(())
+    });
+    server.upgrade(&["--env", "PLAIN=linger=100", "--trial", "50ms", "--wait", "drained"]).exits_with(0);
+    assert_eq!(server.serving().generation, 3);
+    load.wait_for_generation(3, LONG).unwrap();
+    load.stop().assert_lossless();
+    server.assert_supervises(2);
 }
 
 #[test]
