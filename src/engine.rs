@@ -460,7 +460,7 @@ impl Engine {
     fn on_time(&mut self, now: Instant) {
         if passed(&mut self.timers.ready, now) {
             // Where it was this process that stood still, what the new one has said lies there unread.
-            self.read_channel();
+            self.hear_out();
             if self.timers.ready.is_none() {
                 self.tell_old_side(upgrade::Event::TimedOut(Timer::Ready));
             }
