@@ -44,6 +44,8 @@ const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const DRAIN_COUNT_INTERVAL: Duration = Duration::from_millis(100);
 /// How long the application may take to let go of connections that were cut.
 const CUT_GRACE: Duration = Duration::from_secs(1);
+/// A century, which nobody waits for: so that no sum of times overflows.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// What the application asks of the engine.
 pub(crate) enum Command {
@@ -111,6 +113,11 @@ impl Timers {
         let others = [self.alive, self.drain_count, self.cut_grace, self.watchdog, self.notice, self.restarted];
         of_upgrade.into_iter().chain(others).flatten().min()
     }
+}
+
+/// A deadline. The application chooses its times, and some say by the longest that there is that they want none.
+fn after(time: Duration) -> Instant {
+    Instant::now() + time.min(LONGEST)
 }
 
 /// Takes a deadline that has passed.
@@ -313,7 +320,7 @@ impl Engine {
         let notice = self.shared.config.notice;
         let serves = self.inherit.owns() && self.upgrade.stage() == upgrade::Stage::Serving;
         let is_first = !self.shared.phase.read(|phase| phase.leaving);
-        self.timers.notice = (serves && is_first && !notice.is_zero()).then(|| Instant::now() + notice);
+        self.timers.notice = (serves && is_first && !notice.is_zero()).then(|| after(notice));
         if self.timers.notice.is_some() {
             log::info!("not ready any more; the listeners are closed in {} s", notice.as_secs_f64());
             self.shared.phase.update(|phase| phase.leaving = true);

@@ -11,7 +11,7 @@ use nix::poll::PollFlags;
 use nix::unistd::Pid;
 
 use super::attempt::{Attempt, Process, Report, Requester};
-use super::{CUT_GRACE, Command, Engine};
+use super::{CUT_GRACE, Command, Engine, after};
 use crate::channel::{Broken, Channel, Received, SHARE_BYTES};
 use crate::control::messages::{Outcome, ResultEvent, UpgradeRequest, Wait};
 use crate::fault;
@@ -106,7 +106,7 @@ impl Engine {
             Action::Release => self.drain.upgraded = true,
             Action::Abort(failure) => self.abort(failure),
             Action::Kill(failure) => self.kill(failure),
-            Action::Arm(timer) => *self.timers.place(timer) = self.duration(timer).map(|time| Instant::now() + time),
+            Action::Arm(timer) => *self.timers.place(timer) = self.duration(timer).map(after),
             Action::Disarm(timer) => *self.timers.place(timer) = None,
             Action::Announce(progress) => self.announce(progress),
             Action::ReportFailed(failure) => self.report(Outcome::Failed, failure),
@@ -450,7 +450,7 @@ impl Engine {
 
     fn begin_drain(&mut self) {
         self.shared.gate.close();
-        let deadline = self.duration(Timer::Drain).map(|timeout| Instant::now() + timeout);
+        let deadline = self.duration(Timer::Drain).map(after);
         let upgraded = self.drain.upgraded;
         log::info!("draining {} connections", self.shared.connections.open());
         self.tell_manager_of_drain();
