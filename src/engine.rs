@@ -362,9 +362,11 @@ impl Engine {
                     self.announce_drain_to_stop_clients();
                 } else {
                     self.schedule_alive();
-                    // Nor does it end the notice.
-                    if self.timers.notice.is_none() {
-                        self.stop(drain_timeout_ms.map(Duration::from_millis));
+                    let timeout = drain_timeout_ms.map(Duration::from_millis);
+                    match self.timers.notice {
+                        None => self.stop(timeout),
+                        // Nor does it end the notice.
+                        Some(_) => self.drain.timeout = timeout.or(self.drain.timeout),
                     }
                 }
             }
