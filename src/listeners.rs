@@ -433,8 +433,10 @@ impl Listeners {
             if let Some(Err(error)) = pending.nodelay.map(|on| SockRef::from(&fd).set_tcp_nodelay(on)) {
                 log::warn!("listener `{}` keeps its old TCP_NODELAY: {error}", entry.name);
             }
-            if let (Some(options), Address::Path(path)) = (pending.unix, &entry.address) {
-                if let Err(error) = bind::set_mode_and_owner(path, &options) {
+            if let (Some(options), Address::Path(path), Some(identity)) = (pending.unix, &entry.address, entry.path) {
+                if !bind::identity_of(path).is_ok_and(|now| now == identity) {
+                    log::warn!("listener `{}` keeps its old mode and owner: its path is another's by now", entry.name);
+                } else if let Err(error) = bind::set_mode_and_owner(path, &options) {
                     log::warn!("listener `{}` keeps its old mode and owner: {error}", entry.name);
                 }
             }
@@ -510,7 +512,7 @@ fn keep(inherited: Inherited, wanted: &Wanted<'_>, gate: &Gate) -> Entry {
     if !entry.activated {
         entry.pending.backlog = wanted.backlog().filter(|backlog| entry.backlog.is_some_and(|old| old != *backlog));
         if let (WantedOptions::Unix(options), Some(_)) = (&wanted.options, entry.path) {
-            entry.pending.unix = Some(options.clone());
+            entry.pending.unix = Some(options.clone()).filter(UnixOptions::says_mode_or_owner);
         }
         if let (WantedOptions::Tcp(options), Some(fd)) = (&wanted.options, entry.socket.fd()) {
             let have = SockRef::from(&fd).tcp_nodelay();

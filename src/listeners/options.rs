@@ -91,4 +91,8 @@ impl UnixOptions {
         (self.user, self.group) = (user, group);
         self
     }
+
+    pub(crate) fn says_mode_or_owner(&self) -> bool {
+        self.mode.is_some() || self.user.is_some() || self.group.is_some()
+    }
 }
