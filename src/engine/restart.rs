@@ -124,6 +124,8 @@ impl Engine {
         self.tell_waiting(|at_ms| StageEvent { reason, ..StageEvent::new(StageName::Gone, at_ms) });
         self.timers.restarted = Some(after(ready_timeout));
         self.schedule_alive();
+        // This process is the main one already, and its application may take longer to start than the watchdog waits.
+        self.ping_watchdog();
     }
 
     pub(super) fn asker_of_restart(&self) -> Option<ClientId> {
