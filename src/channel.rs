@@ -17,6 +17,9 @@ use crate::protocol::{
 };
 use crate::sys;
 
+/// What is read in one turn of the engine.
+pub(crate) const SHARE_BYTES: usize = 8192;
+
 pub(crate) struct Channel {
     stream: UnixStream,
     incoming: Vec<u8>,
@@ -148,7 +151,7 @@ impl Channel {
             if std::mem::take(&mut self.has_read) {
                 return Ok(Received::Nothing);
             }
-            let mut buffer = [0; 8192];
+            let mut buffer = [0; SHARE_BYTES];
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Ok(Received::End),
                 Ok(count) => {

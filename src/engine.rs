@@ -44,6 +44,8 @@ const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const DRAIN_COUNT_INTERVAL: Duration = Duration::from_millis(100);
 /// How long the application may take to let go of connections that were cut.
 const CUT_GRACE: Duration = Duration::from_secs(1);
+/// A century, which nobody waits for: so that no sum of times overflows.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// What the application asks of the engine.
 pub(crate) enum Command {
@@ -111,6 +113,11 @@ impl Timers {
         let others = [self.alive, self.drain_count, self.cut_grace, self.watchdog, self.notice, self.restarted];
         of_upgrade.into_iter().chain(others).flatten().min()
     }
+}
+
+/// A deadline. The application chooses its times, and some say by the longest that there is that they want none.
+fn after(time: Duration) -> Instant {
+    Instant::now() + time.min(LONGEST)
 }
 
 /// Takes a deadline that has passed.
@@ -313,7 +320,7 @@ impl Engine {
         let notice = self.shared.config.notice;
         let serves = self.inherit.owns() && self.upgrade.stage() == upgrade::Stage::Serving;
         let is_first = !self.shared.phase.read(|phase| phase.leaving);
-        self.timers.notice = (serves && is_first && !notice.is_zero()).then(|| Instant::now() + notice);
+        self.timers.notice = (serves && is_first && !notice.is_zero()).then(|| after(notice));
         if self.timers.notice.is_some() {
             log::info!("not ready any more; the listeners are closed in {} s", notice.as_secs_f64());
             self.shared.phase.update(|phase| phase.leaving = true);
@@ -355,9 +362,11 @@ impl Engine {
                     self.announce_drain_to_stop_clients();
                 } else {
                     self.schedule_alive();
-                    // Nor does it end the notice.
-                    if self.timers.notice.is_none() {
-                        self.stop(drain_timeout_ms.map(Duration::from_millis));
+                    let timeout = drain_timeout_ms.map(Duration::from_millis);
+                    match self.timers.notice {
+                        None => self.stop(timeout),
+                        // Nor does it end the notice.
+                        Some(_) => self.drain.timeout = timeout.or(self.drain.timeout),
                     }
                 }
             }
@@ -460,7 +469,7 @@ impl Engine {
     fn on_time(&mut self, now: Instant) {
         if passed(&mut self.timers.ready, now) {
             // Where it was this process that stood still, what the new one has said lies there unread.
-            self.read_channel();
+            self.hear_out();
             if self.timers.ready.is_none() {
                 self.tell_old_side(upgrade::Event::TimedOut(Timer::Ready));
             }

@@ -31,7 +31,7 @@ use crate::connections::Connection;
 use crate::handover::Handover;
 use crate::net::{EXHAUSTED_PAUSE, is_of_the_connection};
 use crate::shared::{Drained, Phase, Shared};
-use crate::tokio::{TcpListener, UnixListener};
+use crate::tokio::{LAST_LOOK, TcpListener, UnixListener};
 
 use activity::{Activity, ResponseUnderWay, Watched, WatchedBody};
 
@@ -213,12 +213,15 @@ where
     let linger = shared.linger();
     while !speaks_http2.load(Ordering::Relaxed) {
         let deadline = activity.silent_since(begun) + linger;
-        if deadline <= Instant::now() {
-            break;
-        }
+        let is_over = deadline <= Instant::now();
+        let until = if is_over { Instant::now() + LAST_LOOK } else { deadline };
         tokio::select! {
+            biased; // What lies there unread is no silence.
             result = connection.as_mut() => return result,
-            () = tokio::time::sleep_until(deadline.into()) => {}
+            () = tokio::time::sleep_until(until.into()) => {}
+        }
+        if is_over && activity.silent_since(begun) + linger <= Instant::now() {
+            break;
         }
     }
     connection.as_mut().graceful_shutdown();

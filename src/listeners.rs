@@ -162,7 +162,7 @@ impl Inherited {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Unclaimed {
-    /// Close them at commit. Connections that wait in their queues are reset when the old process is gone.
+    /// Close them when the trial is over. Connections that wait in their queues are reset when the old process is gone.
     #[default]
     Close,
     /// Hold them, so that clients wait, and hand them on to the next generation.
@@ -182,7 +182,7 @@ pub(crate) struct Entry {
     pub(crate) source: Source,
     pub(crate) activated: bool,
     pub(crate) socket: Arc<GatedSocket>,
-    /// What is to be applied to the kept socket at commit.
+    /// What is to be applied to the kept socket when the trial is over.
     pending: Pending,
 }
 
@@ -418,8 +418,8 @@ impl Listeners {
         }
     }
 
-    /// Applies what the new build wants different on the sockets it has kept. For commit: before it the sockets are
-    /// the old process's.
+    /// Applies what the new build wants different on the sockets it has kept. For the end of the trial: before it they may
+    /// be the old process's again.
     pub(crate) fn apply_pending(&mut self) {
         for entry in &mut self.entries {
             let pending = std::mem::take(&mut entry.pending);
@@ -433,15 +433,17 @@ impl Listeners {
             if let Some(Err(error)) = pending.nodelay.map(|on| SockRef::from(&fd).set_tcp_nodelay(on)) {
                 log::warn!("listener `{}` keeps its old TCP_NODELAY: {error}", entry.name);
             }
-            if let (Some(options), Address::Path(path)) = (pending.unix, &entry.address) {
-                if let Err(error) = bind::set_mode_and_owner(path, &options) {
+            if let (Some(options), Address::Path(path), Some(identity)) = (pending.unix, &entry.address, entry.path) {
+                if !bind::identity_of(path).is_ok_and(|now| now == identity) {
+                    log::warn!("listener `{}` keeps its old mode and owner: its path is another's by now", entry.name);
+                } else if let Err(error) = bind::set_mode_and_owner(path, &options) {
                     log::warn!("listener `{}` keeps its old mode and owner: {error}", entry.name);
                 }
             }
         }
     }
 
-    /// Deals with what nobody has claimed; for commit.
+    /// Deals with what nobody has claimed; for the end of the trial, as above.
     pub(crate) fn settle_unclaimed(&mut self, policy: Unclaimed, gate: &Gate) {
         for inherited in std::mem::take(&mut self.inherited).into_iter().flatten() {
             if policy == Unclaimed::Keep && !self.is_taken(&inherited.name) {
@@ -510,7 +512,7 @@ fn keep(inherited: Inherited, wanted: &Wanted<'_>, gate: &Gate) -> Entry {
     if !entry.activated {
         entry.pending.backlog = wanted.backlog().filter(|backlog| entry.backlog.is_some_and(|old| old != *backlog));
         if let (WantedOptions::Unix(options), Some(_)) = (&wanted.options, entry.path) {
-            entry.pending.unix = Some(options.clone());
+            entry.pending.unix = Some(options.clone()).filter(UnixOptions::says_mode_or_owner);
         }
         if let (WantedOptions::Tcp(options), Some(fd)) = (&wanted.options, entry.socket.fd()) {
             let have = SockRef::from(&fd).tcp_nodelay();

@@ -20,6 +20,9 @@ use crate::shared::monotonic_us;
 /// How long systemd may take to read what it was sent. It is usually microseconds.
 const BARRIER_TIMEOUT: Duration = Duration::from_secs(2);
 const QUEUE_TIMEOUT: Duration = Duration::from_millis(200);
+/// The same for all that is said of the store at a time: there may be thousands of listeners and nobody who reads, and
+/// whoever asks this process meanwhile waits no longer than 10 s.
+pub(crate) const STORE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The notify socket of a service manager.
 pub(crate) struct Notifier {
@@ -58,10 +61,10 @@ impl Notifier {
 
     /// Sends `lines` as one message; that is what makes them take effect together.
     pub(crate) fn send(&self, lines: &[&str]) {
-        self.send_with(lines, &[]);
+        self.send_with(lines, &[], Instant::now() + QUEUE_TIMEOUT);
     }
 
-    fn send_with(&self, lines: &[&str], fds: &[BorrowedFd<'_>]) {
+    fn send_with(&self, lines: &[&str], fds: &[BorrowedFd<'_>], deadline: Instant) {
         let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let message = lines.join("\n");
         let send = || match numbers.as_slice() {
@@ -71,8 +74,8 @@ impl Notifier {
         let mut sent = send();
         // Many listeners for the store are more messages than its queue holds at once.
         if sent.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
-            let deadline = Some(Instant::now() + QUEUE_TIMEOUT);
-            let _ = crate::poll::wait(self.socket.as_fd(), PollFlags::POLLOUT, deadline);
+            let deadline = deadline.min(Instant::now() + QUEUE_TIMEOUT);
+            let _ = crate::poll::wait(self.socket.as_fd(), PollFlags::POLLOUT, Some(deadline));
             sent = send();
         }
         if let Err(error) = sent {
@@ -109,7 +112,7 @@ impl Notifier {
     /// systemd closes the fd when it has worked on everything that was sent before it.
     fn barrier(&self) -> io::Result<()> {
         let (mut reader, writer) = io::pipe()?;
-        self.send_with(&["BARRIER=1"], &[writer.as_fd()]);
+        self.send_with(&["BARRIER=1"], &[writer.as_fd()], Instant::now() + QUEUE_TIMEOUT);
         drop(writer);
         let deadline = Some(Instant::now() + BARRIER_TIMEOUT);
         match crate::poll::wait(reader.as_fd(), PollFlags::POLLIN, deadline)? {
@@ -124,16 +127,16 @@ impl Notifier {
 
     /// Puts a listener into the fd store (`FileDescriptorStoreMax=`), which outlives a crash. systemd keeps one of each
     /// socket, however often it is sent.
-    pub(crate) fn store(&self, name: &str, listener: BorrowedFd<'_>) {
+    pub(crate) fn store(&self, name: &str, listener: BorrowedFd<'_>, deadline: Instant) {
         match store_name(name) {
-            Some(name) => self.send_with(&["FDSTORE=1", &format!("FDNAME={name}")], &[listener]),
+            Some(name) => self.send_with(&["FDSTORE=1", &format!("FDNAME={name}")], &[listener], deadline),
             None => log::warn!("listener `{name}` is not put into the fd store, whose names are short and ASCII"),
         }
     }
 
-    pub(crate) fn remove_from_store(&self, name: &str) {
+    pub(crate) fn remove_from_store(&self, name: &str, deadline: Instant) {
         if let Some(name) = store_name(name) {
-            self.send(&["FDSTOREREMOVE=1", &format!("FDNAME={name}")]);
+            self.send_with(&["FDSTOREREMOVE=1", &format!("FDNAME={name}")], &[], deadline);
         }
     }
 }
@@ -151,7 +154,7 @@ fn store_name(name: &str) -> Option<String> {
 /// Takes a listener of an earlier run out of the store before this process is ready, and says whether anybody was told.
 pub(crate) fn forget_stored(name: &str) -> bool {
     let Some(notifier) = Notifier::from_environment() else { return false };
-    notifier.remove_from_store(name);
+    notifier.remove_from_store(name, Instant::now() + QUEUE_TIMEOUT);
     if let Err(error) = notifier.barrier() {
         log::warn!("the service manager has not confirmed that it forgets listener `{name}`: {error}");
     }

@@ -26,7 +26,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -39,6 +39,10 @@ use crate::net::{self, Behind, Datagrams};
 use crate::shared::Phase;
 use crate::sys::{self, IpAddress};
 use crate::watch::{Found, lock};
+
+/// How long after its time a silent connection is looked at once more. Where the process has stood still, the time is over
+/// as soon as it goes on, and tokio learns of the requests that have come meanwhile only then, some of them at a time.
+pub(crate) const LAST_LOOK: Duration = Duration::from_millis(10);
 
 impl Handover {
     /// Completes when a kept connection that has been silent since this call should be closed: this process drains,
@@ -62,6 +66,7 @@ impl Handover {
         let drain = self.shared.phase.clone().future(|phase: &Phase| phase.draining.map(|draining| draining.begun));
         let begun = drain.await;
         tokio::time::sleep_until((begun.max(called) + self.shared.linger()).into()).await;
+        tokio::time::sleep(LAST_LOOK).await;
     }
 }
 
@@ -355,12 +360,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::time::timeout;
 
+    use super::*;
     use crate::config::{Config, Signals};
-    use crate::handover::Handover;
 
     #[tokio::test]
     async fn lingering_begins_with_the_drain_or_the_call() {
@@ -378,6 +382,40 @@ mod tests {
             handover.lingered().await;
             assert!(called.elapsed() >= linger);
             tokio::time::sleep(linger).await;
+        }
+    }
+
+    /// As in the example of `lingered`.
+    #[tokio::test]
+    async fn a_request_that_came_while_the_process_stood_still_is_read() {
+        let linger = Duration::from_millis(100);
+        let config = Config::default().without_control_socket().signals(Signals::none()).linger(linger);
+        let handover = Handover::start(config).unwrap();
+        handover.ready().unwrap();
+        let _connection = handover.guard();
+        let mut clients = Vec::new();
+        let mut servers = Vec::new();
+        // It is a matter of chance which of the two is looked at first.
+        for _ in 0..16 {
+            let (client, mut server) = UnixStream::pair().unwrap();
+            let handover = handover.clone();
+            servers.push(tokio::spawn(async move {
+                tokio::select! {
+                    byte = server.read_u8() => byte.is_ok(),
+                    () = handover.lingered() => false,
+                }
+            }));
+            clients.push(client);
+        }
+        handover.stop();
+        handover.draining().await;
+        tokio::task::yield_now().await;
+        for client in &mut clients {
+            client.write_u8(1).await.unwrap();
+        }
+        std::thread::sleep(3 * linger);
+        for server in servers {
+            assert!(server.await.unwrap());
         }
     }
 }

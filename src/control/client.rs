@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use nix::poll::PollFlags;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Pid;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::ANSWER_BYTES_MAX;
 use super::find::{Target, service_of, state_of};
@@ -78,6 +79,11 @@ impl Client {
             Target::Socket(path) => (path.clone(), None),
         };
         let failed = |error: io::Error| {
+            if error.kind() == io::ErrorKind::WouldBlock {
+                let cause = format!("its queue is full, and it has let nobody in for {} s", SILENCE_MAX.as_secs());
+                let failure = Error::new(ErrorKind::Failed, format!("ask {target}"), cause);
+                return failure.mend("it is stopped or hangs; `kill -CONT` lets one that is stopped go on");
+            }
             let gone = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
             let failure = Error::io(format!("connect to the control socket {}", path.display()), error);
             match gone {
@@ -87,7 +93,7 @@ impl Client {
                 false => failure.mend("ask as root, or as the user that the process runs as"),
             }
         };
-        let stream = connect_to(&path).map_err(failed)?;
+        let stream = connect_to(&path, SILENCE_MAX).map_err(failed)?;
         stream.set_read_timeout(Some(SILENCE_MAX)).map_err(failed)?;
         stream.set_write_timeout(Some(SILENCE_MAX)).map_err(failed)?;
         let peer = getsockopt(&stream, PeerCredentials).map_err(|error| failed(error.into()))?;
@@ -415,14 +421,23 @@ impl Client {
 }
 
 /// Connects through the directory's fd: what `/proc/PID/root` puts before a path may make it too long for a socket
-/// address.
-fn connect_to(path: &Path) -> io::Result<UnixStream> {
+/// address. EAGAIN when its queue is full for as long as `longest`, as that of a stopped process is once enough have asked.
+fn connect_to(path: &Path, longest: Duration) -> io::Result<UnixStream> {
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::Error::from(io::ErrorKind::NotFound));
     };
     let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
     let directory = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(directory)?;
-    UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name))
+    let address = SockAddr::unix(Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name))?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // What `connect` waits for is a place in the queue, by the time that sending may take (`unix_stream_connect`).
+    socket.set_write_timeout(Some(longest))?;
+    loop {
+        match socket.connect(&address) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            connected => return connected.map(|()| OwnedFd::from(socket).into()),
+        }
+    }
 }
 
 /// What a process answers: each of the ways to read it ends, and what it says is written again as it was read.
@@ -464,5 +479,27 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     }
     if let Ok((_, accepted)) = takes.take_over() {
         again(&Event::Accepted(accepted));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    /// Whoever watches a service asks it again and again, and nobody is let in while it is stopped.
+    #[test]
+    fn a_queue_that_is_full_is_not_waited_for_without_end() {
+        let path = std::env::temp_dir().join(format!("handover-client-{}.sock", std::process::id()));
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        listener.listen(0).unwrap();
+        let soon = Duration::from_millis(50);
+        let _first = connect_to(&path, soon).unwrap();
+        let (tell, told) = mpsc::channel();
+        let asked = path.clone();
+        std::thread::spawn(move || tell.send(connect_to(&asked, soon).map_err(|error| error.kind()).map(drop)));
+        assert_eq!(told.recv_timeout(Duration::from_secs(30)), Ok(Err(io::ErrorKind::WouldBlock)));
+        fs::remove_file(&path).unwrap();
     }
 }

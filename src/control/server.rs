@@ -59,6 +59,9 @@ struct Client {
     #[cfg_attr(feature = "cli", serde(with = "crate::saved::moment::option"))]
     deadline: Option<Instant>,
     asked: bool,
+    /// It has shut down its side, and may still listen.
+    #[cfg_attr(feature = "cli", serde(default))]
+    says_no_more: bool,
     /// Everything has been said: close when it is written.
     done: bool,
 }
@@ -127,7 +130,8 @@ impl Server {
 
     pub(crate) fn client_polls(&self) -> impl Iterator<Item = (ClientId, PollFd<'_>)> {
         self.clients.iter().map(|(id, client)| {
-            let mut flags = PollFlags::POLLIN;
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::POLLIN, !client.says_no_more);
             flags.set(PollFlags::POLLOUT, !client.outgoing.is_empty());
             (*id, PollFd::new(client.stream.as_fd(), flags))
         })
@@ -182,6 +186,7 @@ impl Server {
             outgoing: Vec::new(),
             deadline: Some(Instant::now() + REQUEST_TIMEOUT),
             asked: false,
+            says_no_more: false,
             done: false,
         };
         self.clients.insert(id, client);
@@ -207,7 +212,11 @@ impl Server {
                 // After its request a client has nothing to say but good-bye. If it talks on, `poll` says so again.
                 let read = client.stream.read(&mut buffer);
                 let stays = match read {
-                    Ok(count) => count > 0,
+                    Ok(0) => {
+                        client.says_no_more = true;
+                        !has_hung_up(&client.stream)
+                    }
+                    Ok(_) => true,
                     Err(error) => matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
                 };
                 if !stays {

@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::Engine;
 use super::attempt::Attempt;
 use crate::inherit;
+use crate::systemd::STORE_TIMEOUT;
 use crate::upgrade::{Origin, Stage};
 
 impl Engine {
@@ -91,12 +92,13 @@ impl Engine {
         let Some(notifier) = self.notifier.as_ref().filter(|_| self.shared.config.fd_store.unwrap_or(told)) else {
             return;
         };
+        let deadline = Instant::now() + STORE_TIMEOUT;
         let listeners = self.shared.listeners();
-        listeners.closed_names().iter().for_each(|name| notifier.remove_from_store(name));
+        listeners.closed_names().iter().for_each(|name| notifier.remove_from_store(name, deadline));
         // Those of a `.socket` unit are the service manager's in any case.
         for entry in listeners.entries().filter(|entry| !entry.activated) {
             if let Some(fd) = entry.socket.fd() {
-                notifier.store(&entry.name, fd.as_fd());
+                notifier.store(&entry.name, fd.as_fd(), deadline);
             }
         }
     }

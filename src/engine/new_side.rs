@@ -112,6 +112,7 @@ impl Engine {
                 }
                 Action::Own => {
                     log::info!("generation {} owns the listeners", self.shared.generation);
+                    self.settle_listeners();
                     self.tell_manager_of_ownership();
                 }
             }
@@ -144,11 +145,6 @@ impl Engine {
             pid_file.put_in_place();
         }
         let claims = self.shared.listeners().claims();
-        {
-            let mut listeners = self.shared.listeners();
-            listeners.apply_pending();
-            listeners.settle_unclaimed(self.shared.config.unclaimed, &self.shared.gate);
-        }
         if let Some(upstream) = &self.upstream {
             let took = upstream.begun.elapsed().as_secs_f64() * 1e3;
             let generation = self.shared.generation;
@@ -161,6 +157,13 @@ impl Engine {
             self.remember(Outcome::Restarted, message);
         }
         self.shared.phase.update(|phase| phase.ownership = Ownership::Owner);
+    }
+
+    /// Not at commit: an old process that accepts again must find its sockets and their paths as they were.
+    fn settle_listeners(&self) {
+        let mut listeners = self.shared.listeners();
+        listeners.apply_pending();
+        listeners.settle_unclaimed(self.shared.config.unclaimed, &self.shared.gate);
     }
 
     fn remember(&mut self, result: Outcome, message: String) {

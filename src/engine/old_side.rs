@@ -11,18 +11,21 @@ use nix::poll::PollFlags;
 use nix::unistd::Pid;
 
 use super::attempt::{Attempt, Process, Report, Requester};
-use super::{CUT_GRACE, Command, Engine};
-use crate::channel::{Broken, Channel, Received};
+use super::{CUT_GRACE, Command, Engine, after};
+use crate::channel::{Broken, Channel, Received, SHARE_BYTES};
 use crate::control::messages::{Outcome, ResultEvent, UpgradeRequest, Wait};
 use crate::fault;
 use crate::listeners::Entry;
-use crate::protocol::{AdoptedListener, Kind, Message, OfferedListener, VERSIONS};
+use crate::protocol::{AdoptedListener, BODY_BYTES_MAX, HEADER_BYTES, Kind, Message, OfferedListener, VERSIONS};
 use crate::shared::{Drained, Shared};
 use crate::sys;
 use crate::upgrade::{Action, Event, Failure, Origin, Progress, Stage, Timer};
 
 /// How long the answer to commit may take, where the trial is over sooner.
 const ACCEPTING_PATIENCE: Duration = Duration::from_millis(500);
+
+/// As many shares of a turn as the longest frame has.
+const SHARES_MAX: usize = (HEADER_BYTES + BODY_BYTES_MAX).div_ceil(SHARE_BYTES);
 
 /// How long a new process may take to die, or to shut its gate where it cannot be killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -103,7 +106,7 @@ impl Engine {
             Action::Release => self.drain.upgraded = true,
             Action::Abort(failure) => self.abort(failure),
             Action::Kill(failure) => self.kill(failure),
-            Action::Arm(timer) => *self.timers.place(timer) = self.duration(timer).map(|time| Instant::now() + time),
+            Action::Arm(timer) => *self.timers.place(timer) = self.duration(timer).map(after),
             Action::Disarm(timer) => *self.timers.place(timer) = None,
             Action::Announce(progress) => self.announce(progress),
             Action::ReportFailed(failure) => self.report(Outcome::Failed, failure),
@@ -167,6 +170,21 @@ impl Engine {
         }
     }
 
+    /// Reads all that the new process has said by now, and not only the share of one turn: what is decided next is decided by
+    /// its last word. Bounded, because it may never stop talking.
+    pub(super) fn hear_out(&mut self) {
+        for _ in 0..SHARES_MAX {
+            self.read_channel();
+            let channel = self.attempt.as_ref().and_then(|attempt| attempt.channel.as_ref());
+            let more = channel.is_some_and(|channel| {
+                crate::poll::wait(channel.as_fd(), PollFlags::POLLIN, Some(Instant::now())).unwrap_or(false)
+            });
+            if !more {
+                return;
+            }
+        }
+    }
+
     /// Mostly because it died; how it died says more than that its channel did. None: it lives, and needs the channel no more.
     fn channel_ended(&mut self, cause: String) -> Option<Event> {
         let process = self.attempt.as_mut().and_then(|attempt| attempt.process.as_mut());
@@ -188,7 +206,7 @@ impl Engine {
 
     pub(super) fn on_new_process_end(&mut self) {
         // What it said last is in the channel: that it gave up, and why.
-        self.read_channel();
+        self.hear_out();
         let process = self.attempt.as_mut().and_then(|attempt| attempt.process.as_mut());
         if let Some(exit) = process.and_then(Process::exit) {
             let event = self.failed(Failure::Exited, exit);
@@ -432,7 +450,7 @@ impl Engine {
 
     fn begin_drain(&mut self) {
         self.shared.gate.close();
-        let deadline = self.duration(Timer::Drain).map(|timeout| Instant::now() + timeout);
+        let deadline = self.duration(Timer::Drain).map(after);
         let upgraded = self.drain.upgraded;
         log::info!("draining {} connections", self.shared.connections.open());
         self.tell_manager_of_drain();

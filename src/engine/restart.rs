@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nix::unistd::Pid;
 
 use super::attempt::milliseconds_since;
-use super::{Engine, server_finish};
+use super::{Engine, after, server_finish};
 use crate::control::messages::{Event as Said, Outcome, ResultEvent, StageEvent, StageName};
 use crate::control::server::ClientId;
 use crate::inherit::restart::Restart;
@@ -122,8 +122,10 @@ impl Engine {
         self.restarted = Some(Restarted { asker, begun, ready_timeout, old_pid, killed, starting: None });
         let reason = killed.then(|| format!("process {old_pid} was killed: it did not exit"));
         self.tell_waiting(|at_ms| StageEvent { reason, ..StageEvent::new(StageName::Gone, at_ms) });
-        self.timers.restarted = Some(Instant::now() + ready_timeout);
+        self.timers.restarted = Some(after(ready_timeout));
         self.schedule_alive();
+        // This process is the main one already, and its application may take longer to start than the watchdog waits.
+        self.ping_watchdog();
     }
 
     pub(super) fn asker_of_restart(&self) -> Option<ClientId> {
@@ -142,7 +144,7 @@ impl Engine {
     pub(super) fn restart_is_still_starting(&mut self, reason: &str) {
         if let Some(restarted) = &mut self.restarted {
             restarted.starting = Some(reason.to_owned());
-            self.timers.restarted = Some(Instant::now() + restarted.ready_timeout);
+            self.timers.restarted = Some(after(restarted.ready_timeout));
             self.tell_waiting(|at_ms| StageEvent {
                 reason: Some(reason.to_owned()),
                 ..StageEvent::new(StageName::Starting, at_ms)

@@ -32,9 +32,9 @@ impl Body for Chunks {
 }
 
 /// A connection whose requests are all answered by what the test puts into `bodies`.
-struct Served {
+struct Served<C = DuplexStream> {
     handover: Handover,
-    client: DuplexStream,
+    client: C,
     bodies: mpsc::UnboundedSender<Chunks>,
     // The drain goes on after the connection.
     _guard: Guard,
@@ -42,10 +42,16 @@ struct Served {
 
 impl Served {
     fn new() -> Self {
+        let (client, io) = duplex(1 << 16);
+        Self::over(client, io)
+    }
+}
+
+impl<C: AsyncRead + AsyncWrite + Unpin> Served<C> {
+    fn over(client: C, io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Self {
         let config = Config::default().without_control_socket().signals(Signals::none()).linger(LINGER);
         let handover = Handover::start(config).unwrap();
         handover.ready().unwrap();
-        let (client, io) = duplex(1 << 16);
         let (bodies, next) = mpsc::unbounded_channel::<Chunks>();
         let next = Arc::new(tokio::sync::Mutex::new(next));
         let service = service_fn(move |_| {
@@ -149,4 +155,29 @@ async fn silent_connections_are_closed() {
     assert!(timeout(LINGER / 2, never_spoke.read_to("\0")).await.is_err(), "closed before its time");
     never_spoke.assert_closed().await;
     asked_before.assert_closed().await;
+}
+
+/// When it goes on, the time is over and the request is there, and hyper finds out about both at once.
+#[tokio::test]
+async fn a_request_that_came_while_the_process_stood_still_is_answered() {
+    let mut all = Vec::new();
+    // It is a matter of chance which of the two is looked at first.
+    for _ in 0..16 {
+        let (client, io) = UnixStream::pair().unwrap();
+        let mut served = Served::over(client, io);
+        served.send(REQUEST).await;
+        served.answer_at_once();
+        assert!(served.read_to(END).await.ends_with(END));
+        served.drain().await;
+        all.push(served);
+    }
+    for served in &mut all {
+        served.send(REQUEST).await;
+        served.answer_at_once();
+    }
+    std::thread::sleep(2 * LINGER);
+    for served in &mut all {
+        let last = served.read_to(END).await;
+        assert!(last.contains("connection: close\r\n"), "{last}");
+    }
 }

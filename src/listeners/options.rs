@@ -21,7 +21,7 @@ impl Default for TcpOptions {
 
 impl TcpOptions {
     /// Connections that may wait in the queue (`listen(2)`), 4096 by default and at most `net.core.somaxconn`. A new
-    /// build may change it: it is applied to the kept socket at commit.
+    /// build may change it: it is applied to the kept socket when the trial is over.
     #[must_use]
     pub fn backlog(mut self, connections: u32) -> Self {
         self.backlog = connections;
@@ -45,7 +45,7 @@ impl TcpOptions {
 
     /// `TCP_NODELAY` of the connections, on by default: what is written is sent at once. The listener has it, and Linux
     /// gives it to each connection, so no accept costs more. A new build may change it: it is applied to the kept socket
-    /// at commit, for connections that come later. Not to a socket from a service manager (`NoDelay=`).
+    /// when the trial is over, for connections that come later. Not to a socket from a service manager (`NoDelay=`).
     #[must_use]
     pub fn nodelay(mut self, on: bool) -> Self {
         self.nodelay = on;
@@ -90,5 +90,9 @@ impl UnixOptions {
     pub fn owner(mut self, user: Option<u32>, group: Option<u32>) -> Self {
         (self.user, self.group) = (user, group);
         self
+    }
+
+    pub(crate) fn says_mode_or_owner(&self) -> bool {
+        self.mode.is_some() || self.user.is_some() || self.group.is_some()
     }
 }

@@ -153,6 +153,22 @@ fn a_unix_path_has_the_mode_before_it_listens_and_is_unlinked_only_if_ours() {
     assert!(!ours.exists());
 }
 
+/// Its directory may be somebody else's too, and a link leads anywhere.
+#[test]
+fn the_mode_of_what_took_the_place_of_a_unix_path_is_left_alone() {
+    let directory = Directory::new("unix-replaced");
+    let (path, precious) = (directory.0.join("s.sock"), directory.0.join("precious"));
+    let inherited = handed_over(&[unix("s", &path, UnixOptions::default())]);
+    std::fs::write(&precious, "").unwrap();
+    std::fs::set_permissions(&precious, std::fs::Permissions::from_mode(0o600)).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink(&precious, &path).unwrap();
+    let (mut new, gate) = (Listeners::new(inherited, false), gate());
+    new.claim(&unix("s", &path, UnixOptions::default().mode(0o666)), &gate).unwrap();
+    new.apply_pending();
+    assert_eq!(std::fs::metadata(&precious).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
 #[test]
 fn a_stale_unix_path_is_replaced_one_that_answers_or_is_no_socket_is_not() {
     let directory = Directory::new("unix-stale");

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
@@ -22,7 +23,7 @@ use crate::listeners::{
 };
 use crate::protocol::{Kind, OfferedListener, PathIdentity};
 use crate::sys;
-use crate::systemd::Notifier;
+use crate::systemd::{Notifier, STORE_TIMEOUT};
 
 /// Where a program finds the first of them: `SD_LISTEN_FDS_START`.
 pub(super) const FIRST_FD: i32 = 3;
@@ -152,12 +153,13 @@ impl Sockets {
     /// Closes those that the program has bound by itself and that fail the test, and says where they were.
     pub(super) fn close_kept(&mut self, is_wanted: impl Fn(u64) -> bool, notifier: Option<&Notifier>) -> Vec<String> {
         let closed = self.kept.retain(is_wanted);
+        let deadline = Instant::now() + STORE_TIMEOUT;
         for socket in &closed {
             if let Some((path, identity)) = socket.path() {
                 unlink_if_ours(&path, identity);
             }
             if let Some(notifier) = notifier {
-                notifier.remove_from_store(socket.name());
+                notifier.remove_from_store(socket.name(), deadline);
             }
         }
         closed.iter().map(|socket| socket.address().to_string()).collect()
@@ -189,13 +191,14 @@ impl Sockets {
     }
 
     pub(super) fn keep_in_store(&self, notifier: &Notifier) {
+        let deadline = Instant::now() + STORE_TIMEOUT;
         for entry in self.entries().filter(|entry| !entry.activated) {
             if let Some(fd) = entry.socket.fd() {
-                notifier.store(&entry.name, fd.as_fd());
+                notifier.store(&entry.name, fd.as_fd(), deadline);
             }
         }
         for (name, fd) in self.kept.fds() {
-            notifier.store(name, fd);
+            notifier.store(name, fd, deadline);
         }
     }
 

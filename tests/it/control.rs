@@ -120,6 +120,17 @@ fn an_upgrade_goes_on_when_the_one_who_asked_is_gone() {
     server.assert_only(server.pid());
 }
 
+/// As programs do that have sent all that they have to say.
+#[test]
+fn a_client_that_says_no_more_hears_how_it_ends() {
+    let server = Server::http();
+    let mut client = connect(&server);
+    client.write_all(b"{\"request\":\"upgrade\"}\n").unwrap();
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    let answer = answer(client);
+    assert!(answer.contains("\"result\":\"upgraded\""), "{answer}");
+}
+
 /// A command that has given up has said that nothing was done; so nothing is, when the process goes on.
 #[test]
 fn a_request_is_dropped_when_the_one_who_asked_gave_up_before_it_was_read() {

@@ -60,6 +60,35 @@ fn the_notice_ends_by_itself() {
     server.handover(&["stop", "--pid", &server.pid().to_string()]).exits_with(0);
 }
 
+/// It does not end the notice, but what comes after it.
+#[test]
+fn a_stop_in_the_notice_that_names_a_time_means_it() {
+    let for_ever = ["--tcp", "http=127.0.0.1:0", "--notice", "2s", "--drain-timeout", "0s"];
+    let server = Server::start(&for_ever);
+    let pid = server.pid();
+    let _slow = ask(server.address(), "/slow/600");
+    eventually("a request in flight", || (server.status(pid).connections.open == 1).then_some(()));
+    server.signal(pid, nix::sys::signal::Signal::SIGTERM);
+    eventually("not ready", || (get(server.address(), "/ready") == "false").then_some(()));
+    server.handover(&["stop", "--pid", &pid.to_string(), "--drain-timeout", "100ms"]).exits_with(5);
+}
+
+/// As whoever wants no limit may say it.
+#[test]
+fn a_time_of_half_an_eternity_is_no_mistake() {
+    let longest = format!("{}s", u64::MAX);
+    let http = ["--tcp", "http=127.0.0.1:0", "--ready-timeout", &longest, "--drain-timeout", &longest];
+    let server = Server::start(&http);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    server.handover(&["stop", "--pid", &server.pid().to_string()]).exits_with(0);
+    let server = Server::start(&["--tcp", "http=127.0.0.1:0", "--notice", &longest]);
+    let pid = server.pid();
+    server.signal(pid, nix::sys::signal::Signal::SIGTERM);
+    eventually("not ready", || (get(server.address(), "/ready") == "false").then_some(()));
+    server.signal(pid, nix::sys::signal::Signal::SIGTERM);
+    server.wait_for_end(pid);
+}
+
 /// The service goes on, whichever process answers.
 #[test]
 fn a_process_that_was_upgraded_stays_ready() {

@@ -1,6 +1,7 @@
 //! The old process is killed, told to stop or stopped, at each stage of the upgrade.
 
 use std::net::TcpStream;
+use std::time::{Duration, Instant};
 
 use handover::control::State;
 use nix::sys::signal::Signal;
@@ -215,6 +216,31 @@ fn stopped_and_continued_it_goes_on() {
     midway.upgrade.finish().exits_with(0);
     midway.server.wait_for_end(midway.old);
     midway.server.assert_only(midway.new);
+}
+
+/// What the new build has said in its time lies there unread, and it may be more than is read in one turn.
+#[test]
+fn stopped_until_the_time_of_the_new_one_is_over_it_hears_all_of_it() {
+    let names = (0..200).map(|number| format!("{number}-{}=127.0.0.1:0", "x".repeat(200)));
+    let listeners: Vec<String> = names.collect();
+    let mut arguments = vec!["--tcp", "http=127.0.0.1:0"];
+    arguments.extend(listeners.iter().flat_map(|one| ["--tcp", one]));
+    let server = Server::start(&arguments);
+    let (old, hold, mark) = (server.pid(), server.home.fifo("hold"), server.home.path("mark"));
+    let fault = hold.fault("hold-before-ready") + &format!(",mark-ready={}", mark.display());
+    let mut upgrade = server.begin_upgrade(&["--json", "--env", &fault, "--ready-timeout", "6s"]);
+    let new = upgrade.new_pid();
+    let held = hold.reached();
+    server.freeze(old);
+    let since = Instant::now();
+    held.let_go();
+    eventually("the new build to be ready", || mark.exists().then_some(()));
+    // When this is answered the word is sent.
+    assert_eq!(server.status(new).state, State::Starting);
+    eventually("the end of its time", || (since.elapsed() > Duration::from_millis(6100)).then_some(()));
+    server.thaw(old);
+    upgrade.finish().exits_with(0);
+    assert_eq!(server.answerer().generation, 2);
 }
 
 /// Nobody can be upgraded who does not move, and the command says so instead of waiting for ever.

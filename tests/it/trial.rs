@@ -1,10 +1,13 @@
 //! After commit: the new build fails while the old one can still take over again.
 
+use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 
 use handover::control::State;
 
-use crate::client::ask;
+use crate::client::{ask, ask_unix};
+use crate::home::Home;
 use crate::server::Server;
 use crate::wait::LONG;
 
@@ -37,6 +40,26 @@ fn is_killed() {
 #[test]
 fn exits() {
     rolls_back("exits-in-trial").complains("exited with status 9 within the trial");
+}
+
+/// The old process accepts again, so what it accepts on must be as it was.
+#[test]
+fn what_it_wanted_otherwise_is_not_done_yet() {
+    let home = Home::new();
+    let (http, admin) = (home.path("http.sock"), home.path("admin.sock"));
+    let listeners = [format!("http={},mode=0660", http.display()), format!("admin={}", admin.display())];
+    let server = Server::start_in(home, &["--unix", &listeners[0], "--unix", &listeners[1]]);
+    let mode = || fs::symlink_metadata(&http).unwrap().permissions().mode() & 0o7777;
+    let other = format!("http={},mode=0600", http.display());
+    let arguments = ["--trial", "30s", "--", "--unix", &other];
+    server.upgrade_with_fault("dies-in-trial", &arguments).exits_with(1).complains("rolled back: ");
+    assert_eq!(mode(), 0o660);
+    assert_eq!(ask_unix(&admin, "/").answerer().generation, 1);
+    // Once there is no way back it is.
+    server.upgrade(&["--trial", "50ms", "--wait", "drained", "--", "--linger", "50ms", "--unix", &other]).exits_with(0);
+    crate::wait::eventually("the new mode", || (mode() == 0o600).then_some(()));
+    crate::wait::eventually("no path that nobody wants", || (!admin.exists()).then_some(()));
+    assert_eq!(ask_unix(&http, "/").answerer().generation, 2);
 }
 
 /// Clients wait in the queue, and the new application has never waited for one.

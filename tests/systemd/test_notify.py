@@ -190,6 +190,26 @@ class Notify(unittest.TestCase):
         self.assertEqual((message.lines, len(message.fds)), ({"FDSTORE": "1", "FDNAME": "handover.http"}, 1))
         message.close()
 
+    def test_a_manager_that_does_not_read(self) -> None:
+        """Each listener is a message, and each could wait for it."""
+        room = int(run("sysctl", "-n", "net.unix.max_dgram_qlen").stdout)
+        self.environment["NOTIFY_SOCKET"] = os.path.join(self.directory, "deaf")
+        deaf = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(deaf.close)
+        deaf.bind(self.environment["NOTIFY_SOCKET"])
+        listeners = [f"--tcp=l{number}=127.0.0.1:0".split("=", 1) for number in range(room + 80)]
+        command = [self.program, "--listen", "127.0.0.1:8080", "--fd-store", "true", *sum(listeners, [])]
+        process = subprocess.Popen(command, env=self.environment, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.last = process.pid
+        self.addCleanup(self.end)
+        control = os.path.join(self.directory, "control", f"{process.pid}.sock")
+        status = [HANDOVER, "status", "--socket", control]
+        wait_for("it serves", lambda: os.path.exists(control) and who() == (1, process.pid))
+        begun = time.monotonic()
+        self.assertEqual(subprocess.run(status, capture_output=True).returncode, 0)
+        self.assertLess(time.monotonic() - begun, 9)
+
     def test_a_watchdog_of_somebody_else(self) -> None:
         self.environment.update(WATCHDOG_USEC="100000", WATCHDOG_PID="1")
         self.start("--watchdog", "true")

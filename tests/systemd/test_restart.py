@@ -71,6 +71,15 @@ class Restart(ServiceCase):
         self.assertEqual(who(), (2, service.main_pid()))
         self.assertEqual(service.show("NRestarts"), "0")
 
+    def test_the_watchdog_is_answered_while_the_new_build_starts_up(self) -> None:
+        service = self.started(
+            "library", ("Restart=always", "Restart=always\nWatchdogSec=1s"), options="--watchdog true"
+        )
+        done = restart(service, "--env", "FIXTURE_FAULT=still-starting=12")
+        self.assertEqual(done.returncode, 0, done.stdout + service.journal())
+        self.assertEqual(who(), (2, service.main_pid()))
+        self.assertEqual(service.show("NRestarts"), "0")
+
     def test_a_build_that_fails_when_the_old_one_is_gone_is_started_again_by_systemd(self) -> None:
         service = self.started("library")
         old = service.main_pid()
