@@ -187,8 +187,14 @@ is_found() {
     [[ -n $main ]] && kill -0 "$main" 2>/dev/null
 }
 
+# A machine that stands still for a minute (docs/reliability.md) lets the command give up. One that is not there is told at once.
 status() {
-    timeout 30 "$handover" status --pid "${1:-$main}" --json
+    local tries=5 code
+    while true; do
+        code=0
+        timeout 120 "$handover" status --pid "${1:-$main}" --json || code=$?
+        ((code != 0 && code != 7 && --tries > 0)) || return "$code"
+    done
 }
 
 in_list() {

@@ -52,7 +52,7 @@ impl Connection {
     }
 
     pub fn send(&mut self, request: &[u8], deadline: Instant) -> Result<(), Trouble> {
-        self.wire.deadline = deadline;
+        self.wire.set_deadline(deadline);
         self.sent_before = self.wire.sent();
         self.seen.clear();
         self.seen_bytes = 0;
@@ -132,7 +132,7 @@ impl Connection {
     /// not run out of ports.
     pub fn see_closed(mut self) -> Result<Ending, Trouble> {
         self.nothing_follows()?;
-        self.wire.deadline = Instant::now() + CLOSE_WAIT;
+        self.wire.set_deadline(Instant::now() + CLOSE_WAIT);
         let mut chunk = [0; REMEMBERED];
         match self.wire.read(&mut chunk) {
             Ok(0) => Ok(Ending::Closed),
@@ -146,7 +146,7 @@ impl Connection {
     pub fn spoke_unasked(&mut self) -> Trouble {
         self.seen.clear();
         self.seen_bytes = 0;
-        self.wire.deadline = Instant::now() + CLOSE_WAIT;
+        self.wire.set_deadline(Instant::now() + CLOSE_WAIT);
         if self.unread.is_empty() {
             let _ = self.fill();
         }

@@ -17,6 +17,7 @@
 
 mod outcome;
 mod target;
+mod standstill;
 mod wire;
 mod connection;
 mod http;

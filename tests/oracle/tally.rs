@@ -9,6 +9,7 @@ use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
 use super::outcome::{Answer, Outcome};
+use super::standstill;
 
 /// Failures that are kept with all that is known of them.
 pub const MAX_FAILURES: usize = 20;
@@ -101,6 +102,9 @@ pub(super) struct Entry {
 pub struct Tally {
     started: Instant,
     ended: Option<Instant>,
+    /// By the end, how long nobody ran on this machine.
+    stood_still: Duration,
+    stood_still_before: Duration,
     counts: BTreeMap<Kind, [u64; Outcome::ALL.len()]>,
     latencies: BTreeMap<Kind, Histogram<u64>>,
     generations: BTreeMap<u64, u64>,
@@ -120,6 +124,8 @@ impl Tally {
         Self {
             started,
             ended: None,
+            stood_still_before: standstill::so_far(),
+            stood_still: Duration::ZERO,
             counts: BTreeMap::new(),
             latencies: BTreeMap::new(),
             generations: BTreeMap::new(),
@@ -174,6 +180,7 @@ impl Tally {
 
     pub(super) fn end(&mut self) {
         self.ended = Some(Instant::now());
+        self.stood_still = standstill::so_far().saturating_sub(self.stood_still_before);
     }
 
     pub(super) fn started(&self) -> Instant {
@@ -296,6 +303,7 @@ impl Tally {
         json!({
             "lossless": self.lossless(),
             "elapsed_s": self.elapsed().as_secs_f64(),
+            "stood_still_s": self.stood_still.as_secs_f64(),
             "requests": self.requests(),
             "failed": self.failed(),
             "outcomes": outcomes,
@@ -390,6 +398,13 @@ impl fmt::Display for Tally {
         )?;
         if self.monotonic {
             writeln!(f, "backwards: {} new connections answered by a lower generation", self.backwards)?;
+        }
+        if !self.stood_still.is_zero() {
+            writeln!(
+                f,
+                "this machine stood still for {:.1} s, for which nobody was waited",
+                self.stood_still.as_secs_f64()
+            )?;
         }
         if let Some(trouble) = &self.first_client_trouble {
             let count = self.count(Outcome::Client);

@@ -42,7 +42,7 @@ impl WebSocket {
 
     /// Sends `text` and reads its echo.
     pub fn echo(&mut self, text: &str, deadline: Instant) -> Result<Answer, Trouble> {
-        self.inner.get_mut().deadline = deadline;
+        self.inner.get_mut().set_deadline(deadline);
         let sent = self.inner.send(Message::text(text));
         // The server may have announced the close and gone before this was sent.
         let message = match (sent, self.message()) {
@@ -68,7 +68,7 @@ impl WebSocket {
 
     /// Listens until `until`, for nothing may come but pings and a Close frame.
     pub fn idle(&mut self, until: Instant) -> Result<(), Trouble> {
-        self.inner.get_mut().deadline = until;
+        self.inner.get_mut().set_deadline(until);
         match self.message() {
             Ok(Message::Close(_)) => {
                 self.finish();
@@ -84,7 +84,7 @@ impl WebSocket {
 
     /// Closes as one should. What goes wrong here loses nothing.
     pub fn leave(mut self) {
-        self.inner.get_mut().deadline = Instant::now() + CLOSE_WAIT;
+        self.inner.get_mut().set_deadline(Instant::now() + CLOSE_WAIT);
         if self.inner.close(None).is_ok() {
             self.finish();
         }
@@ -105,7 +105,7 @@ impl WebSocket {
 
     /// Answers the Close frame and waits for the end of the connection.
     fn finish(&mut self) {
-        self.inner.get_mut().deadline = Instant::now() + CLOSE_WAIT;
+        self.inner.get_mut().set_deadline(Instant::now() + CLOSE_WAIT);
         for _ in 0..MAX_CONTROL {
             if self.inner.read().is_err() {
                 return;

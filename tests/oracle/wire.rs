@@ -8,13 +8,16 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::outcome::{Outcome, Trouble};
+use super::standstill;
 use super::target::Target;
 
 /// A connected stream socket with a deadline for all that is done on it.
 #[derive(Debug)]
 pub struct Wire {
     socket: Socket,
-    pub deadline: Instant,
+    deadline: Instant,
+    /// How long the machine had stood still when the deadline was set.
+    stood_still_before: Duration,
     /// Bytes the kernel took, ever.
     sent: u64,
 }
@@ -42,7 +45,7 @@ impl Wire {
             }
         };
         let socket = Socket::new(domain, Type::STREAM, None).map_err(|error| Trouble::connecting(&error))?;
-        let wire = Self { socket, deadline, sent: 0 };
+        let wire = Self { socket, deadline, stood_still_before: standstill::so_far(), sent: 0 };
         wire.establish(&address).map_err(|error| Trouble::connecting(&error))?;
         if domain != Domain::UNIX {
             wire.refuse_itself(&address)?;
@@ -76,6 +79,10 @@ impl Wire {
         }
     }
 
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        (self.deadline, self.stood_still_before) = (deadline, standstill::so_far());
+    }
+
     pub fn sent(&self) -> u64 {
         self.sent
     }
@@ -97,7 +104,8 @@ impl Wire {
     }
 
     fn remaining(&self) -> io::Result<Duration> {
-        let remaining = self.deadline.saturating_duration_since(Instant::now());
+        let excused = standstill::so_far().saturating_sub(self.stood_still_before);
+        let remaining = (self.deadline + excused).saturating_duration_since(Instant::now());
         if remaining.is_zero() {
             return Err(ErrorKind::TimedOut.into());
         }
@@ -109,7 +117,8 @@ impl Wire {
 #[cfg(test)]
 impl From<Socket> for Wire {
     fn from(socket: Socket) -> Self {
-        Self { socket, deadline: Instant::now() + Duration::from_secs(30), sent: 0 }
+        let deadline = Instant::now() + Duration::from_secs(30);
+        Self { socket, deadline, stood_still_before: standstill::so_far(), sent: 0 }
     }
 }
 
