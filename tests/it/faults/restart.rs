@@ -77,7 +77,9 @@ fn cell(step: Step, fault: Fault) -> &'static str {
             assert_lost_at_most(0, &tally);
         }
         "new" => {
-            let old_was_killed = failed == old && (fault.kills() || fault == F::Continued);
+            // It has read half of `adopted`, and serves while it waits for the rest: the new one kills it in the end.
+            let waits_for_the_rest = step.point == "adopted" && fault == F::Short;
+            let old_was_killed = waits_for_the_rest || failed == old && (fault.kills() || fault == F::Continued);
             assert_lost_at_most(if old_was_killed { CLIENTS } else { 0 }, &tally);
         }
         _ => remove_socket_of(&server, old),
