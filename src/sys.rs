@@ -21,7 +21,7 @@ pub(crate) use pidfd::{pidfd_getfd, pidfd_open_thread};
 pub(crate) use pidfd::{pidfd_of_peer, pidfd_open, pidfd_send_signal};
 #[cfg(feature = "cli")]
 pub(crate) use seccomp::{Notification, install_filter, notification_is_available};
-pub(crate) use signals::ignored_signals;
+pub(crate) use signals::{ignored_signals, is_default};
 #[cfg(feature = "cli")]
 pub(crate) use socket::receive_with_uid;
 pub(crate) use socket::{accept_backlog, receive_from, unread_bytes};

@@ -1,10 +1,11 @@
 //! Signals as something to poll. The handlers set a flag and write a byte; both are async-signal-safe.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::{SigSet, Signal};
 use signal_hook::SigId;
@@ -13,6 +14,8 @@ use signal_hook::{flag, low_level};
 
 use crate::config::Signals;
 use crate::error::{Error, ErrorKind};
+use crate::sys;
+use crate::watch::lock;
 
 /// Where one of these is ignored at the start, it was told to be: by `nohup`, or by a shell that starts something in the
 /// background.
@@ -25,6 +28,7 @@ pub(crate) struct SignalPipe {
     stops: Vec<Arc<AtomicBool>>,
     registered: Vec<SigId>,
     caught: SigSet,
+    unheard: Vec<Unheard>,
 }
 
 /// What has come since the last look.
@@ -47,8 +51,14 @@ impl SignalPipe {
         }
         let (reader, writer) = UnixStream::pair().map_err(failed)?;
         reader.set_nonblocking(true).map_err(failed)?;
-        let mut pipe =
-            Self { reader, upgrade: Arc::default(), stops: vec![], registered: vec![], caught: SigSet::empty() };
+        let mut pipe = Self {
+            reader,
+            upgrade: Arc::default(),
+            stops: vec![],
+            registered: vec![],
+            caught: SigSet::empty(),
+            unheard: vec![],
+        };
         let on_purpose = IGNORED_ON_PURPOSE.into_iter().filter(|signal| ignored.contains(*signal));
         let left_alone: Vec<i32> = on_purpose.map(|signal| signal as i32).collect();
         let ours = |signal: &&i32| !left_alone.contains(signal);
@@ -56,6 +66,7 @@ impl SignalPipe {
             pipe.register(*signal, pipe.upgrade.clone(), &writer).map_err(failed)?;
         }
         for signal in signals.stop.iter().filter(ours) {
+            pipe.unheard.extend(Unheard::install(*signal).map_err(failed)?);
             let flag = Arc::new(AtomicBool::new(false));
             pipe.stops.push(flag.clone());
             pipe.register(*signal, flag, &writer).map_err(failed)?;
@@ -96,8 +107,73 @@ impl Drop for SignalPipe {
     }
 }
 
+/// A signal to stop that does what it does by default while there is no [`SignalPipe`]: after a start that has failed, or when
+/// the last handle is gone. A handler that was installed once is never taken away (signal-hook), and would swallow it.
+struct Unheard(i32);
+
+/// Of each signal, whether nobody hears it, and how many do.
+static UNHEARD: Mutex<BTreeMap<i32, (Arc<AtomicBool>, usize)>> = Mutex::new(BTreeMap::new());
+
+impl Unheard {
+    /// None: the application has a handler of its own, or ignores it.
+    fn install(signal: i32) -> io::Result<Option<Self>> {
+        let mut all = lock(&UNHEARD);
+        if !all.contains_key(&signal) && sys::is_default(signal) {
+            let unheard = Arc::new(AtomicBool::new(false));
+            flag::register_conditional_default(signal, unheard.clone())?;
+            all.insert(signal, (unheard, 0));
+        }
+        let Some((unheard, hear)) = all.get_mut(&signal) else { return Ok(None) };
+        *hear += 1;
+        unheard.store(false, Ordering::SeqCst);
+        Ok(Some(Self(signal)))
+    }
+}
+
+impl Drop for Unheard {
+    fn drop(&mut self) {
+        if let Some((unheard, hear)) = lock(&UNHEARD).get_mut(&self.0) {
+            *hear -= 1;
+            unheard.store(*hear == 0, Ordering::SeqCst);
+        }
+    }
+}
+
 impl AsFd for SignalPipe {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.reader.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::env;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    const IN_CHILD: &str = "HANDOVER_TEST_UNHEARD";
+
+    /// In a process of its own, which dies of it.
+    #[test]
+    fn a_signal_to_stop_is_not_swallowed_when_nobody_hears_it() {
+        if env::var_os(IN_CHILD).is_some() {
+            let install = || SignalPipe::install(&Signals::default(), &SigSet::empty()).unwrap().unwrap();
+            let (first, second) = (install(), install());
+            drop(first);
+            nix::sys::signal::raise(Signal::SIGTERM).unwrap();
+            drop(second);
+            // As one that tries again.
+            let mut third = install();
+            nix::sys::signal::raise(Signal::SIGTERM).unwrap();
+            assert_eq!(third.take().stops, 1);
+            drop(third);
+            nix::sys::signal::raise(Signal::SIGTERM).unwrap();
+            std::process::exit(0);
+        }
+        let name = "engine::signals::tests::a_signal_to_stop_is_not_swallowed_when_nobody_hears_it";
+        let mut child = Command::new(env::current_exe().unwrap());
+        let output = child.args(["--exact", name, "--nocapture"]).env(IN_CHILD, "1").output().unwrap();
+        assert_eq!(output.status.signal(), Some(Signal::SIGTERM as i32), "{output:?}");
     }
 }
