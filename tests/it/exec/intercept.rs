@@ -140,6 +140,28 @@ fn ten_upgrades_lose_nothing() {
     server.assert_supervises(2);
 }
 
+/// Its connections are there until it is gone, and to give its memory back takes longer than the next count.
+#[test]
+fn what_is_cut_is_counted_once() {
+    let deaf = r#"
+ballast = b"x" * (256 << 20)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+listener = socket.create_server(address())
+accepted = []
+while True:
+    accepted.append(listener.accept())
+"#;
+    let address = own_address();
+    let server = python(deaf, &[&address.to_string()]);
+    for _ in 0..3 {
+        let client = TcpStream::connect(address).unwrap();
+        eventually("the connection", || (server.serving().connections.open == 1).then_some(()));
+        let run = server.upgrade(&["--wait", "drained", "--drain-timeout", "300ms", "--json"]).exits_with(5);
+        assert_eq!(run.last_json()["cut"], 1, "{run:?}");
+        drop(client);
+    }
+}
+
 /// Of every kind, and the path that clients know leads to one that serves at every moment, though each program removes it
 /// when it starts and again when it ends.
 #[test]
