@@ -37,6 +37,8 @@ pub(super) struct Sockets {
     pub(super) kept: Kept,
     /// Of those that were closed.
     paths: Vec<(PathBuf, PathIdentity)>,
+    /// Where they were: the connections that they have led to are still to be counted.
+    closed: Vec<Address>,
 }
 
 impl Sockets {
@@ -67,7 +69,7 @@ impl Sockets {
         listeners.settle_unclaimed(Unclaimed::Keep, &gate);
         let passed = listeners.entries().map(|entry| entry.name.clone()).filter(|name| !names.contains(name));
         names.extend(passed.collect::<Vec<_>>());
-        let sockets = Self { listeners, gate, names, kept, paths: vec![] };
+        let sockets = Self { listeners, gate, names, kept, paths: vec![], closed: vec![] };
         for entry in sockets.entries() {
             let set = entry.socket.fd().map_or(Ok(()), |fd| SockRef::from(&fd).set_nonblocking(non_blocking));
             set.map_err(|error| Error::io(format!("prepare listener `{}`", entry.name), error))?;
@@ -91,7 +93,7 @@ impl Sockets {
         let names = saved.iter().map(|one| one.offered.name.clone()).collect();
         let inherited = saved.into_iter().map(SavedSocket::take).collect::<io::Result<_>>()?;
         let listeners = Listeners::resumed(inherited, &gate);
-        Ok(Self { listeners, gate, names, kept: Kept::resume(kept)?, paths: vec![] })
+        Ok(Self { listeners, gate, names, kept: Kept::resume(kept)?, paths: vec![], closed: vec![] })
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -127,7 +129,8 @@ impl Sockets {
     }
 
     pub(super) fn addresses(&self) -> Vec<Address> {
-        self.entries().map(|entry| entry.address.clone()).chain(self.kept.addresses()).collect()
+        let named = self.entries().map(|entry| entry.address.clone());
+        named.chain(self.kept.addresses()).chain(self.closed.iter().cloned()).collect()
     }
 
     pub(super) fn status(&self) -> Vec<ListenerStatus> {
@@ -202,6 +205,7 @@ impl Sockets {
     /// From now on they are the program's alone: when it has closed them, clients are refused instead of left waiting.
     pub(super) fn close(&mut self) {
         self.gate.close();
+        self.closed = self.kept.addresses().collect();
         self.paths = self.kept.retain(|_| false).iter().filter_map(KeptSocket::path).collect();
     }
 

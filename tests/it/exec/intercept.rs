@@ -162,6 +162,23 @@ while True:
     }
 }
 
+/// What it has bound is not the supervisor's any more then.
+#[test]
+fn what_a_stop_cuts_is_counted() {
+    let home = Home::new();
+    let (address, path) = (own_address(), home.path("app.sock"));
+    let program = plain();
+    let program = [program.to_str().unwrap(), "epoll", &address.to_string(), path.to_str().unwrap()];
+    let mut server = exec_in(home, &[], &program);
+    let slow = (ask(address, "/slow/600"), ask_unix(&path, "/slow/600"));
+    eventually("the requests in flight", || (server.serving().connections.open == 2).then_some(()));
+    let pid = server.first_pid().to_string();
+    let run = server.handover(&["stop", "--pid", &pid, "--drain-timeout", "300ms"]).exits_with(5);
+    run.complains("; 2 connections were closed before they had ended");
+    assert_eq!(eventually("the end of the supervisor", || server.try_wait()).code(), Some(5));
+    drop(slow);
+}
+
 /// Of every kind, and the path that clients know leads to one that serves at every moment, though each program removes it
 /// when it starts and again when it ends.
 #[test]
