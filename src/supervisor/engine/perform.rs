@@ -173,6 +173,8 @@ impl Supervisor {
 
     fn begin_drain(&mut self) {
         self.tell_manager_of_drain();
+        // What upgrades and restarts have cut was told by them, and this is the end of another thing.
+        self.cut = 0;
         self.sockets.close();
         self.timers.drain_count = Some(Instant::now());
     }
