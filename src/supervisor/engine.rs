@@ -254,8 +254,8 @@ impl Supervisor {
 
     pub(super) fn run(mut self) -> Result<Ended, Error> {
         if let Err(error) = self.find_server() {
-            self.server.unlink();
-            return Err(error);
+            self.not_started = Some(error);
+            return self.end();
         }
         match &self.taken_over {
             Some(_) if !self.options.overlap => self.tell_server_to_stop(),

@@ -126,7 +126,10 @@ fn a_server_whose_place_cannot_be_taken_serves_on() {
     refused(&[&pid], &[plain, "epoll", &other], &format!("it does not wait for connections on {address}"));
     refused(&[&pid], &["false"], "exited with status 1");
     refused(&[&pid, "--listen", &other], &["true"], &format!("it does not listen on {other}; it does on {address}"));
-    refused(&["2147483647"], &["true"], "No such process");
+    let pid_file = home.path("app.pid").display().to_string();
+    refused(&["2147483647", "--pid-file", &pid_file], &["true"], "No such process");
+    let left = fs::read_dir(home.path("")).unwrap().flatten().map(|entry| entry.file_name());
+    assert_eq!(left.filter(|name| name.to_string_lossy().starts_with("app.pid")).count(), 0);
     let mut sleeps = Command::new("sleep").arg("600").spawn().unwrap();
     refused(&[&sleeps.id().to_string()], &["true"], "neither it nor what it has started listens on anything");
     sleeps.kill().unwrap();
