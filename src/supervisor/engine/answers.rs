@@ -121,7 +121,9 @@ impl Supervisor {
 
     pub(super) fn begin(&mut self, verb: Verb, request: &UpgradeRequest, requester: Requester) {
         let order = self.order(verb, request);
-        let refusal = self.machine.refusal_of(&order).map(|refusal| self.words_for_refusal(refusal));
+        // The program may be waiting for the end of a server beside which it must not run.
+        let starts = (self.machine.phase() == Phase::Starting).then_some(Refusal::UnderWay);
+        let refusal = self.machine.refusal_of(&order).or(starts).map(|refusal| self.words_for_refusal(refusal));
         let replaces = self.replacement.as_ref().map(|_| "this supervisor is just being replaced".to_owned());
         if let Some(message) = refusal.or(replaces) {
             let busy = ResultEvent::new(Outcome::Busy, message);
