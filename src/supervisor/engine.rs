@@ -407,8 +407,20 @@ impl Supervisor {
                 let passed = self.replacement.as_mut().map(|replacement| replacement.stderr.pass_on());
                 self.blocked.extend(passed.filter(|passed| *passed == Passed::Blocked).map(|_| Stream::Stderr));
             }
-            Source::Ours(stream) => self.blocked.retain(|blocked| *blocked != stream),
+            Source::Ours(stream) => {
+                self.blocked.retain(|blocked| *blocked != stream);
+                self.pass_on_the_rest();
+            }
         }
+    }
+
+    /// What was read of the workers and not taken by our own streams, in whose pipes there may be no more.
+    fn pass_on_the_rest(&mut self) {
+        self.blocked.extend(self.workers.values_mut().flat_map(Worker::pass_on));
+        let of_replacement = self.replacement.iter_mut().map(|replacement| &mut replacement.stderr);
+        let others = self.leftovers.iter_mut().chain(of_replacement);
+        self.blocked.extend(others.filter_map(|output| (output.pass_on() == Passed::Blocked).then_some(output.stream)));
+        self.leftovers.retain(|output| output.fd().is_some());
     }
 
     fn on_signals(&mut self) {
