@@ -355,12 +355,18 @@ impl Kept {
             path: path(socket),
             fd: socket.fd.as_raw_fd(),
         };
-        self.sockets.iter().map(saved).collect()
+        self.bound().map(saved).collect()
     }
 
     /// Of all that are saved.
     pub(super) fn saved_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.sockets.iter().map(KeptSocket::fd)
+        self.bound().map(KeptSocket::fd)
+    }
+
+    /// What the kernel has not bound yet, or has refused to, has no address by which it could be found again. A program that
+    /// listens on it after all makes it known by that.
+    fn bound(&self) -> impl Iterator<Item = &KeptSocket> {
+        self.sockets.iter().filter(|socket| !matches!(socket.stage, Stage::Asked { .. }))
     }
 
     pub(super) fn resume(saved: Vec<SavedKept>) -> io::Result<Self> {

@@ -387,6 +387,36 @@ fn a_supervisor_that_replaces_itself_goes_on_with_all_of_it() {
     assert_eq!(server.sockets(), sockets);
 }
 
+/// Its socket has no name then by which the next build of the supervisor could find it.
+#[test]
+fn a_supervisor_replaces_itself_when_the_kernel_has_refused_a_name() {
+    let asks_in_vain = r#"
+listener = socket.create_server(address())
+while True:
+    taken = socket.socket(socket.AF_UNIX)
+    answer(listener)
+    try:
+        taken.bind("\0" + sys.argv[2])
+    except OSError:
+        pass
+"#;
+    let home = Home::new();
+    let (address, name) = (own_address(), home.path("taken").display().to_string());
+    let taken = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+    taken.bind(&socket2::SockAddr::unix(format!("\0{name}")).unwrap()).unwrap();
+    let program = script(asks_in_vain);
+    let server = exec_in(home, &[], &["python3", "-c", &program, &address.to_string(), &name]);
+    let sockets = server.sockets();
+    // The second is answered when the first has asked.
+    for _ in 0..2 {
+        assert_eq!(ask(address, "/").answerer().generation, 1);
+    }
+    server.handover(&["upgrade", "--self", "--pid", &server.first_pid().to_string()]).exits_with(0);
+    assert_eq!(server.sockets(), sockets);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(server.sockets(), sockets);
+}
+
 #[test]
 fn a_listener_that_was_named_is_found_by_its_address_as_well() {
     let address = own_address();
