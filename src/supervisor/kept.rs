@@ -187,6 +187,11 @@ impl Kept {
         self.of_any_port.push(inode);
     }
 
+    /// The same of all of them, for the next build of this process.
+    pub(super) fn of_any_port(&self) -> &[u64] {
+        &self.of_any_port
+    }
+
     /// Whether the socket was bound to any port, and does not listen yet. It is asked once.
     pub(super) fn take_any_port(&mut self, inode: u64) -> bool {
         let place = self.of_any_port.iter().position(|one| *one == inode);

@@ -54,6 +54,7 @@ struct Saved<'a> {
     machine: &'a Machine,
     sockets: Vec<SavedSocket>,
     kept: Vec<SavedKept>,
+    of_any_port: &'a [u64],
     workers: &'a BTreeMap<WorkerId, Worker>,
     leftovers: &'a [Output],
     recipe: &'a Recipe,
@@ -76,6 +77,8 @@ struct Resumed {
     machine: Machine,
     sockets: Vec<SavedSocket>,
     kept: Vec<SavedKept>,
+    #[serde(default)]
+    of_any_port: Vec<u64>,
     workers: BTreeMap<WorkerId, Worker>,
     leftovers: Vec<Output>,
     recipe: Recipe,
@@ -101,6 +104,7 @@ impl Supervisor {
             machine: &self.machine,
             sockets: self.sockets.saved(),
             kept: self.sockets.kept.saved(),
+            of_any_port: self.sockets.kept.of_any_port(),
             workers: &self.workers,
             leftovers: &self.leftovers,
             recipe: &self.recipe,
@@ -149,6 +153,7 @@ impl Supervisor {
             forwarded,
             children,
         });
+        resumed.of_any_port.into_iter().for_each(|inode| supervisor.sockets.kept.expect_any_port(inode));
         supervisor.workers = resumed.workers;
         supervisor.leftovers = resumed.leftovers;
         supervisor.committed = resumed.committed;

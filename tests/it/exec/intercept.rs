@@ -417,6 +417,28 @@ while True:
     assert_eq!(server.sockets(), sockets);
 }
 
+/// Between its calls of `bind` and `listen`, which may be far apart.
+#[test]
+fn a_port_that_the_kernel_chose_before_the_supervisor_was_replaced_stays() {
+    let listens_later = r#"
+later = socket.socket()
+later.bind(("127.0.0.1", 0))
+if os.environ["HANDOVER_GENERATION"] == "1":
+    signal.signal(signal.SIGUSR1, lambda *_: later.listen())
+    wait_on([socket.create_server(address())])
+later.listen()
+wait_on([socket.create_server(address()), later])
+"#;
+    let server = python(listens_later, &[&own_address().to_string()]);
+    let pid = server.first_pid();
+    server.handover(&["upgrade", "--self", "--pid", &pid.to_string()]).exits_with(0);
+    server.signal(pid, Signal::SIGUSR1);
+    eventually("two listeners", || (server.sockets().len() == 2).then_some(()));
+    let sockets = server.sockets();
+    server.upgrade(&["--wait", "drained", "--ready-timeout", "10s"]).exits_with(0);
+    assert_eq!(server.sockets(), sockets);
+}
+
 #[test]
 fn a_listener_that_was_named_is_found_by_its_address_as_well() {
     let address = own_address();
