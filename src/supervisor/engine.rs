@@ -370,7 +370,7 @@ impl Supervisor {
 
     fn deadline(&self) -> Option<Instant> {
         let timers = [self.timers.alive, self.timers.drain_count, self.timers.watchdog];
-        let more = [self.timers.closed, self.timers.taken_over];
+        let more = [self.timers.closed, self.timers.taken_over, self.sockets.kept.next_look()];
         let others = [self.machine.deadline(), self.server.next_deadline(), self.next_settling()];
         let looks = self.workers.values().filter_map(|worker| worker.next_look);
         let dismissed = self.workers.values().filter_map(|worker| worker.dismissed);
@@ -460,6 +460,9 @@ impl Supervisor {
         }
         if passed(&mut self.timers.taken_over, now) {
             self.cut_server();
+        }
+        if self.sockets.kept.next_look().is_some_and(|next| next <= now) {
+            self.sockets.kept.settle();
         }
         if passed(&mut self.timers.closed, now) {
             self.look_for_closed();

@@ -285,6 +285,33 @@ fn an_address_that_the_new_build_does_not_want_is_told_and_closed() {
     assert_eq!(server.sockets().len(), 2);
 }
 
+/// Though it binds before it connects, as some do for the sake of their port.
+#[test]
+fn the_end_of_a_client_of_the_program_is_seen_at_once() {
+    let connects = r#"
+listener = socket.create_server(address())
+peer, number = int(sys.argv[2]), 1
+while True:
+    answer(listener)
+    client = socket.socket()
+    client.bind(address(number))
+    client.connect((address()[0], peer))
+    client.close()
+    number += 1
+"#;
+    let address = own_address();
+    let peer = std::net::TcpListener::bind((address.ip(), 0)).unwrap();
+    let server = python(connects, &[&address.to_string(), &peer.local_addr().unwrap().port().to_string()]);
+    for _ in 0..3 {
+        assert_eq!(ask(address, "/").answerer().generation, 1);
+        let (mut accepted, _) = peer.accept().unwrap();
+        let begun = std::time::Instant::now();
+        assert_eq!(io::Read::read(&mut accepted, &mut [0]).unwrap(), 0);
+        assert!(begun.elapsed() < std::time::Duration::from_secs(1), "{:?}", begun.elapsed());
+    }
+    assert_eq!(server.sockets().len(), 1);
+}
+
 #[test]
 fn what_the_program_opens_and_closes_while_it_serves() {
     let (first, second) = (own_address(), own_address());
