@@ -73,6 +73,8 @@ pub(super) struct Supervisor {
     workers: BTreeMap<WorkerId, Worker>,
     /// What workers that are gone have left in their pipes, or what they started still writes.
     leftovers: Vec<Output>,
+    /// By which calls of what they have started still come, if that lives on.
+    survivors: BTreeMap<WorkerId, Interception>,
     recipe: Recipe,
     /// Of the upgrade under way.
     new: Option<Build>,
@@ -145,6 +147,7 @@ enum Source {
     Channel(WorkerId),
     Conversation(WorkerId),
     Interception(WorkerId),
+    Survivors(WorkerId),
     Output(WorkerId),
     Leftover,
     Ours(Stream),
@@ -205,6 +208,7 @@ impl Supervisor {
             sockets,
             workers: BTreeMap::new(),
             leftovers: vec![],
+            survivors: BTreeMap::new(),
             new: None,
             committed: None,
             previous: None,
@@ -352,6 +356,8 @@ impl Supervisor {
             let interception = worker.interception.as_ref().and_then(Interception::poll_fd);
             all.extend(interception.map(|fd| (Source::Interception(*id), fd)));
         }
+        let survivors = self.survivors.iter().filter_map(|(id, one)| Some((Source::Survivors(*id), one.poll_fd()?)));
+        all.extend(survivors);
         let blocked = Stream::ALL.into_iter().filter(|stream| self.blocked.contains(stream));
         all.extend(blocked.map(|stream| (Source::Ours(stream), PollFd::new(stream.fd(), PollFlags::POLLOUT))));
         let outputs =
@@ -390,6 +396,7 @@ impl Supervisor {
             Source::Channel(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_channel),
             Source::Conversation(id) => self.read_conversation(id),
             Source::Interception(id) => self.on_interception(id, events),
+            Source::Survivors(id) => self.on_call_of_survivor(id, events),
             Source::Output(id) => {
                 self.blocked.extend(self.workers.get_mut(&id).map(Worker::pass_on).unwrap_or_default());
             }

@@ -16,6 +16,7 @@ use crate::listeners::{Address, kind_of};
 use crate::protocol::{Claims, Kind};
 use crate::supervisor::caller::Caller;
 use crate::supervisor::family;
+use crate::supervisor::interception::Interception;
 use crate::supervisor::kept::{Found, carry_options_over, inode_of};
 use crate::supervisor::machine::{Phase, Stage, WorkerId};
 use crate::sys::Notification;
@@ -65,6 +66,24 @@ impl Supervisor {
             .collect();
         for (id, call) in calls {
             self.answer_call(id, call);
+        }
+    }
+
+    /// A worker is gone. What it has started may live on outside of its group: nothing is kept of that, and the kernel does
+    /// what it asks for. Without anybody who answers all of its calls would fail (ENOSYS).
+    pub(super) fn leave_to_kernel(&mut self, id: WorkerId, interception: Option<Interception>) {
+        let Some(mut interception) = interception.filter(|interception| interception.fd().is_some()) else { return };
+        let waiting = std::mem::take(&mut interception.waiting);
+        interception.filter().into_iter().for_each(|filter| waiting.iter().for_each(|call| call.let_pass(filter)));
+        self.survivors.insert(id, interception);
+    }
+
+    pub(super) fn on_call_of_survivor(&mut self, id: WorkerId, events: PollFlags) {
+        let Some(interception) = self.survivors.get_mut(&id) else { return };
+        let call = interception.next(events);
+        call.iter().zip(interception.filter()).for_each(|(call, filter)| call.let_pass(filter));
+        if interception.fd().is_none() {
+            self.survivors.remove(&id);
         }
     }
 

@@ -33,7 +33,8 @@ impl Supervisor {
             Action::Dismiss(id) => self.dismiss(id),
             Action::Cut(id) => self.cut(id),
             Action::Abandon(id) => {
-                if let Some(worker) = self.workers.remove(&id) {
+                if let Some(mut worker) = self.workers.remove(&id) {
+                    self.leave_to_kernel(id, worker.interception.take());
                     log::error!("process {} was killed and does not end: it is waited for no longer", worker.pid);
                 }
             }

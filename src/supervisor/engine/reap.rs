@@ -104,7 +104,8 @@ impl Supervisor {
         }
         let drained = self.draining_workers().iter().any(|(other, _)| *other == id);
         self.tell(Event::Exited(id));
-        if let Some(worker) = self.workers.remove(&id) {
+        if let Some(mut worker) = self.workers.remove(&id) {
+            self.leave_to_kernel(id, worker.interception.take());
             self.leftovers.extend(worker.into_outputs().filter(|output| output.fd().is_some()));
         }
         if drained {

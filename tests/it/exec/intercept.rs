@@ -466,6 +466,31 @@ wait_on([socket.create_server(address()), later])
     assert_eq!(server.sockets(), sockets);
 }
 
+/// In a session of its own, as a job that is to outlive the server.
+#[test]
+fn what_a_program_has_started_and_left_behind_can_do_all_it_could() {
+    let leaves_behind = r#"
+if os.environ["HANDOVER_GENERATION"] == "1" and os.fork() == 0:
+    os.setsid()
+    open(sys.argv[2]).read()
+    os.unlink(sys.argv[3])
+    os._exit(0)
+listener = socket.create_server(address())
+while True:
+    answer(listener)
+"#;
+    let home = Home::new();
+    let (hold, file) = (home.fifo("hold"), home.file("file", b"", 0o600));
+    let (program, address) = (script(leaves_behind), own_address().to_string());
+    let (fifo, path) = (hold.path().display().to_string(), file.display().to_string());
+    let server = exec_in(home, &[], &["python3", "-c", &program, &address, &fifo, &path]);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    server.handover(&["upgrade", "--self", "--pid", &server.first_pid().to_string()]).exits_with(0);
+    hold.reached().let_go();
+    eventually("the file to be removed", || (!file.exists()).then_some(()));
+    server.assert_supervises(1);
+}
+
 #[test]
 fn a_listener_that_was_named_is_found_by_its_address_as_well() {
     let address = own_address();
