@@ -7,7 +7,7 @@ use crate::engine::stands_still;
 use crate::error::Error;
 use crate::fault;
 use crate::supervisor::connections;
-use crate::supervisor::machine::{Action, Build as Which, Event, Phase, Refusal, WorkerId};
+use crate::supervisor::machine::{Action, Build as Which, Event, Phase, Refusal, Stage, WorkerId};
 use crate::supervisor::worker::{Place, Worker};
 
 /// From then on the crashes of a worker are called a loop.
@@ -29,7 +29,7 @@ impl Supervisor {
                 }
                 fault::reached("exec: told to stop", None);
             }
-            Action::Kill(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::kill),
+            Action::Kill(id) => self.kill(id),
             Action::Dismiss(id) => self.dismiss(id),
             Action::Cut(id) => self.cut(id),
             Action::Abandon(id) => {
@@ -89,6 +89,17 @@ impl Supervisor {
                 Some(Event::NotSpawned(id))
             }
         }
+    }
+
+    fn kill(&mut self, id: WorkerId) {
+        let stage = self.machine.worker(id).map(|worker| worker.stage);
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if let Some(Stage::Killed { crashed: true, .. }) = stage {
+            let why = worker.why_not_ready(self.options.ready);
+            log::warn!("process {} was not ready in time: {why}: it is killed", worker.pid);
+            worker.not_ready = Some(why);
+        }
+        worker.kill();
     }
 
     fn note_failure(&mut self, error: Error) {
