@@ -393,8 +393,12 @@ fn replace(
     own: BorrowedFd<'_>,
     by: BorrowedFd<'_>,
 ) -> io::Result<()> {
-    let mut numbers = caller.numbers_of(inode_of(own)?).into_iter();
-    numbers.try_for_each(|(number, cloexec)| call.replace_fd(filter, by, number, cloexec))
+    let numbers = caller.numbers_of(inode_of(own)?)?;
+    // Whoever is told that it is done would go on with a socket that was never bound.
+    if numbers.is_empty() {
+        return Err(io::Error::other("it does not have its own socket any more"));
+    }
+    numbers.into_iter().try_for_each(|(number, cloexec)| call.replace_fd(filter, by, number, cloexec))
 }
 
 fn is_any_port(address: &Address) -> bool {
