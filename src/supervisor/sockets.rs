@@ -156,6 +156,8 @@ impl Sockets {
     pub(super) fn close_kept(&mut self, is_wanted: impl Fn(u64) -> bool, notifier: Option<&Notifier>) -> Vec<String> {
         let closed = self.kept.retain(is_wanted);
         for socket in &closed {
+            let address = Address::of(socket.fd()).ok().filter(|address| !self.closed.contains(address));
+            self.closed.extend(address);
             if let Some((path, identity)) = socket.path() {
                 unlink_if_ours(&path, identity);
             }
@@ -205,8 +207,13 @@ impl Sockets {
     /// From now on they are the program's alone: when it has closed them, clients are refused instead of left waiting.
     pub(super) fn close(&mut self) {
         self.gate.close();
-        self.closed = self.kept.addresses().collect();
+        self.closed.extend(self.kept.addresses());
         self.paths = self.kept.retain(|_| false).iter().filter_map(KeptSocket::path).collect();
+    }
+
+    /// Nobody is left who has connections that began there.
+    pub(super) fn forget_closed(&mut self) {
+        self.closed.clear();
     }
 
     /// They are another's: their paths stay.

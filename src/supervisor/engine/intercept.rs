@@ -352,6 +352,9 @@ impl Supervisor {
     pub(super) fn look_for_closed(&mut self) {
         let begun = Instant::now();
         if self.machine.phase() == Phase::Serving {
+            if self.draining_workers().is_empty() {
+                self.sockets.forget_closed();
+            }
             for address in self.close_unwanted() {
                 log::info!("{address} is closed: the program does not listen there any more");
             }

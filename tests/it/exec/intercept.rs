@@ -312,6 +312,20 @@ while True:
     assert_eq!(server.sockets().len(), 1);
 }
 
+/// It is closed long before the old build has ended.
+#[test]
+fn what_is_cut_at_an_address_that_the_new_build_does_not_want_is_counted() {
+    let (kept, dropped) = (own_address(), own_address());
+    let server = exec(&[], &["epoll", &kept.to_string(), &dropped.to_string()]);
+    let slow = ask(dropped, "/slow/600");
+    eventually("the request in flight", || (server.serving().connections.open == 1).then_some(()));
+    let options = ["--ready-delay", "200ms", "--wait", "drained", "--drain-timeout", "8s", "--json"];
+    let run = server.upgrade(&[&options[..], &["--", "epoll", &kept.to_string()]].concat()).exits_with(5);
+    assert_eq!(run.last_json()["cut"], 1, "{run:?}");
+    assert!(is_refused(dropped));
+    drop(slow);
+}
+
 #[test]
 fn what_the_program_opens_and_closes_while_it_serves() {
     let (first, second) = (own_address(), own_address());
