@@ -37,6 +37,9 @@ use output::Output;
 /// More than a pid with white space around it takes.
 const PID_FILE_BYTES_MAX: u64 = 64;
 
+/// 100 years, as `humantime` counts them: the clock has an end.
+const TIME_MAX: Duration = Duration::from_secs(100 * 31_557_600);
+
 /// Replace a running server with its new build without dropping a connection
 ///
 /// The process starts its new build, hands the listening sockets over and finishes its open connections. Nobody is
@@ -157,10 +160,11 @@ fn named(name: &str) -> Result<Target, Failure> {
 
 /// A time with its unit: `30s`, `500ms`, `2min`.
 fn duration(text: &str) -> Result<Duration, String> {
-    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(format!("a time needs a unit, as in {text}s or {text}ms"));
     }
-    humantime::parse_duration(text).map_err(|error| error.to_string())
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if time > TIME_MAX { Err("a time is 100 years at the most".to_owned()) } else { Ok(time) }
 }
 
 fn milliseconds(time: Duration) -> u64 {

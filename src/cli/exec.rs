@@ -197,11 +197,26 @@ impl From<ReadyWay> for Ready {
 
 pub(super) fn run(arguments: Arguments) -> Result<Exit, Failure> {
     let intercept = match arguments.intercept {
+        When::Off if arguments.take_over.is_some() => {
+            return Err(Failure::usage("what --take-over takes is kept by interception: leave --intercept off out"));
+        }
         _ if arguments.take_over.is_some() => Intercept::On,
         When::Auto if arguments.listen.is_empty() => Intercept::IfPossible,
         When::On => Intercept::On,
         When::Auto | When::Off => Intercept::Off,
     };
+    if arguments.ready_delay.is_some() {
+        if intercept == Intercept::Off {
+            let message = "--ready-delay counts from what the program binds by itself, which is not seen: with --listen \
+                           it needs --intercept on";
+            return Err(Failure::usage(message));
+        }
+        if matches!(arguments.ready, ReadyWay::Notify | ReadyWay::Message) {
+            return Err(Failure::usage(
+                "--ready-delay is for a program that says nothing: it proves nothing with this --ready",
+            ));
+        }
+    }
     let mut program = arguments.program.into_iter();
     exit_of(handover::supervisor::run(Options {
         program: program.next().unwrap_or_default(),

@@ -1,7 +1,9 @@
 //! Where stderr is the journal its lines say how grave they are: `<3>` to `<7>` at their start, `sd-daemon(3)`.
 
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 
 use env_logger::fmt::Formatter;
 use env_logger::{Env, Target, WriteStyle};
@@ -20,13 +22,26 @@ pub(crate) fn log_to_stderr() {
     // A supervisor must not stand still when nobody reads what it has to say.
     if std::env::args_os().nth(1).is_some_and(|verb| verb == "exec") {
         let style = if io::stderr().is_terminal() { WriteStyle::Always } else { WriteStyle::Never };
-        logger.write_style(style).target(Target::Pipe(Box::new(Impatient)));
+        logger.write_style(style).target(Target::Pipe(Box::new(Impatient::new())));
     }
     logger.init();
 }
 
 /// Stderr, but what it does not take at once is lost.
-struct Impatient;
+struct Impatient {
+    /// If it is one, opened once more to be non-blocking: it can be written to as soon as it has room for a byte.
+    terminal: Option<File>,
+}
+
+impl Impatient {
+    fn new() -> Self {
+        let open = || {
+            let non_blocking = libc::O_NONBLOCK | libc::O_NOCTTY;
+            File::options().write(true).custom_flags(non_blocking).open("/proc/self/fd/2").ok()
+        };
+        Self { terminal: io::stderr().is_terminal().then(open).flatten() }
+    }
+}
 
 impl Write for Impatient {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
@@ -34,7 +49,10 @@ impl Write for Impatient {
         let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
         // Not after EINTR either: the end of a worker is a signal, and is what there is to tell.
         match poll(&mut fds, PATIENCE_MS) {
-            Ok(1..) => stderr.lock().write(line),
+            Ok(1..) => match &self.terminal {
+                Some(terminal) => (&*terminal).write(line).or(Ok(line.len())),
+                None => stderr.lock().write(line),
+            },
             _ => Ok(line.len()),
         }
     }

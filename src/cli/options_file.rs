@@ -49,18 +49,19 @@ fn read(file: &Path) -> io::Result<String> {
     }
 }
 
+/// The last one, as of every other option.
 fn named_file(arguments: &[OsString]) -> Option<std::path::PathBuf> {
     let mut own = arguments.iter().take_while(|argument| *argument != "--");
+    let mut named = None;
     while let Some(argument) = own.next() {
-        if argument == OPTION {
-            return own.next().map(Into::into);
-        }
         let text = argument.to_string_lossy();
-        if let Some(file) = text.strip_prefix(OPTION).and_then(|rest| rest.strip_prefix('=')) {
-            return Some(Path::new(file).to_path_buf());
+        if argument == OPTION {
+            named = own.next().map(Into::into);
+        } else if let Some(file) = text.strip_prefix(OPTION).and_then(|rest| rest.strip_prefix('=')) {
+            named = Some(Path::new(file).to_path_buf());
         }
     }
-    None
+    named
 }
 
 fn program(value: &Value) -> Result<Vec<String>, String> {

@@ -31,7 +31,7 @@ pub(crate) struct Arguments {
     /// Of `handover exec`: replace the supervisor itself, by its own new build
     ///
     /// It stays the same process, and what it runs is not touched.
-    #[arg(long = "self", conflicts_with_all = ["previous", "env", "cwd", "args", "wait", "trial", "drain_timeout"])]
+    #[arg(long = "self", conflicts_with_all = ["previous", "env", "cwd", "args", "wait", "trial", "drain_timeout", "ready_delay"])]
     itself: bool,
     /// When to return
     #[arg(long, value_name = "UNTIL", default_value = "healthy")]

@@ -59,18 +59,18 @@ impl Caller {
     }
 
     /// The numbers by which it has that socket, each with whether it is closed at exec.
-    pub(super) fn numbers_of(&self, inode: u64) -> Vec<(RawFd, bool)> {
-        let fds = family::fds(self.thread).unwrap_or_default();
+    pub(super) fn numbers_of(&self, inode: u64) -> io::Result<Vec<(RawFd, bool)>> {
+        let fds = family::fds(self.thread)?;
         let numbers =
             fds.iter().filter(|(_, link)| family::socket_inode(link) == Some(inode)).map(|(number, _)| *number);
-        numbers.map(|number| (number, self.is_closed_at_exec(number))).collect()
+        numbers.map(|number| Ok((number, self.is_closed_at_exec(number)?))).collect()
     }
 
-    fn is_closed_at_exec(&self, number: RawFd) -> bool {
-        let text = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.thread)).unwrap_or_default();
+    fn is_closed_at_exec(&self, number: RawFd) -> io::Result<bool> {
+        let text = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.thread))?;
         let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
         let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
-        flags.is_some_and(|flags| flags & libc::O_CLOEXEC != 0)
+        Ok(flags.is_some_and(|flags| flags & libc::O_CLOEXEC != 0))
     }
 
     /// A `sockaddr` in its memory. None: one that no listener is bound to.

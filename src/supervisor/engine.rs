@@ -73,6 +73,8 @@ pub(super) struct Supervisor {
     workers: BTreeMap<WorkerId, Worker>,
     /// What workers that are gone have left in their pipes, or what they started still writes.
     leftovers: Vec<Output>,
+    /// By which calls of what they have started still come, if that lives on.
+    survivors: BTreeMap<WorkerId, Interception>,
     recipe: Recipe,
     /// Of the upgrade under way.
     new: Option<Build>,
@@ -145,6 +147,7 @@ enum Source {
     Channel(WorkerId),
     Conversation(WorkerId),
     Interception(WorkerId),
+    Survivors(WorkerId),
     Output(WorkerId),
     Leftover,
     Ours(Stream),
@@ -205,6 +208,7 @@ impl Supervisor {
             sockets,
             workers: BTreeMap::new(),
             leftovers: vec![],
+            survivors: BTreeMap::new(),
             new: None,
             committed: None,
             previous: None,
@@ -254,8 +258,8 @@ impl Supervisor {
 
     pub(super) fn run(mut self) -> Result<Ended, Error> {
         if let Err(error) = self.find_server() {
-            self.server.unlink();
-            return Err(error);
+            self.not_started = Some(error);
+            return self.end();
         }
         match &self.taken_over {
             Some(_) if !self.options.overlap => self.tell_server_to_stop(),
@@ -352,6 +356,8 @@ impl Supervisor {
             let interception = worker.interception.as_ref().and_then(Interception::poll_fd);
             all.extend(interception.map(|fd| (Source::Interception(*id), fd)));
         }
+        let survivors = self.survivors.iter().filter_map(|(id, one)| Some((Source::Survivors(*id), one.poll_fd()?)));
+        all.extend(survivors);
         let blocked = Stream::ALL.into_iter().filter(|stream| self.blocked.contains(stream));
         all.extend(blocked.map(|stream| (Source::Ours(stream), PollFd::new(stream.fd(), PollFlags::POLLOUT))));
         let outputs =
@@ -370,7 +376,7 @@ impl Supervisor {
 
     fn deadline(&self) -> Option<Instant> {
         let timers = [self.timers.alive, self.timers.drain_count, self.timers.watchdog];
-        let more = [self.timers.closed, self.timers.taken_over];
+        let more = [self.timers.closed, self.timers.taken_over, self.sockets.kept.next_look()];
         let others = [self.machine.deadline(), self.server.next_deadline(), self.next_settling()];
         let looks = self.workers.values().filter_map(|worker| worker.next_look);
         let dismissed = self.workers.values().filter_map(|worker| worker.dismissed);
@@ -390,6 +396,7 @@ impl Supervisor {
             Source::Channel(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::read_channel),
             Source::Conversation(id) => self.read_conversation(id),
             Source::Interception(id) => self.on_interception(id, events),
+            Source::Survivors(id) => self.on_call_of_survivor(id, events),
             Source::Output(id) => {
                 self.blocked.extend(self.workers.get_mut(&id).map(Worker::pass_on).unwrap_or_default());
             }
@@ -407,8 +414,20 @@ impl Supervisor {
                 let passed = self.replacement.as_mut().map(|replacement| replacement.stderr.pass_on());
                 self.blocked.extend(passed.filter(|passed| *passed == Passed::Blocked).map(|_| Stream::Stderr));
             }
-            Source::Ours(stream) => self.blocked.retain(|blocked| *blocked != stream),
+            Source::Ours(stream) => {
+                self.blocked.retain(|blocked| *blocked != stream);
+                self.pass_on_the_rest();
+            }
         }
+    }
+
+    /// What was read of the workers and not taken by our own streams, in whose pipes there may be no more.
+    fn pass_on_the_rest(&mut self) {
+        self.blocked.extend(self.workers.values_mut().flat_map(Worker::pass_on));
+        let of_replacement = self.replacement.iter_mut().map(|replacement| &mut replacement.stderr);
+        let others = self.leftovers.iter_mut().chain(of_replacement);
+        self.blocked.extend(others.filter_map(|output| (output.pass_on() == Passed::Blocked).then_some(output.stream)));
+        self.leftovers.retain(|output| output.fd().is_some());
     }
 
     fn on_signals(&mut self) {
@@ -448,6 +467,9 @@ impl Supervisor {
         }
         if passed(&mut self.timers.taken_over, now) {
             self.cut_server();
+        }
+        if self.sockets.kept.next_look().is_some_and(|next| next <= now) {
+            self.sockets.kept.settle();
         }
         if passed(&mut self.timers.closed, now) {
             self.look_for_closed();

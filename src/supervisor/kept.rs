@@ -22,6 +22,9 @@ use super::seen::Watched;
 
 /// What the kernel has not done after that time it has refused.
 const BIND_TIMEOUT: Duration = Duration::from_secs(1);
+/// Between two looks at one of which it is not known yet what it is for; the longer that is so, the less it matters.
+const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
+const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// Of the names that they have in a service manager's store.
 const NAME: &str = "kept-";
 const NAME_OF_ANY_PORT: &str = "kept-any-port-";
@@ -51,6 +54,8 @@ pub(super) struct KeptSocket {
     is_new: bool,
     /// A new build is not ready before it listens there.
     is_awaited: bool,
+    since: Instant,
+    next_look: Instant,
     fd: OwnedFd,
 }
 
@@ -78,6 +83,7 @@ impl KeptSocket {
         let Some(kind) = kind_of(fd.as_fd())? else { return Ok(None) };
         let cookie = SockRef::from(&fd).cookie()?;
         let inode = inode_of(fd.as_fd())?;
+        let since = Instant::now();
         Ok(Some(Self {
             name,
             kind,
@@ -89,6 +95,8 @@ impl KeptSocket {
             stage,
             is_new: true,
             is_awaited: true,
+            since,
+            next_look: since + LOOK_INTERVAL_MIN,
             fd,
         }))
     }
@@ -122,6 +130,7 @@ impl KeptSocket {
         if self.serves() {
             return true;
         }
+        self.next_look = now + (now.duration_since(self.since) / 8).clamp(LOOK_INTERVAL_MIN, LOOK_INTERVAL_MAX);
         let socket = SockRef::from(&self.fd);
         if let Stage::Asked { until } = self.stage {
             match Address::of(self.fd.as_fd()) {
@@ -185,6 +194,11 @@ impl Kept {
             self.of_any_port.remove(0);
         }
         self.of_any_port.push(inode);
+    }
+
+    /// The same of all of them, for the next build of this process.
+    pub(super) fn of_any_port(&self) -> &[u64] {
+        &self.of_any_port
     }
 
     /// Whether the socket was bound to any port, and does not listen yet. It is asked once.
@@ -260,6 +274,11 @@ impl Kept {
     pub(super) fn settle(&mut self) {
         let now = Instant::now();
         self.sockets.retain_mut(|socket| socket.settle(now));
+    }
+
+    /// When it is to be looked again: the end of a client's connection is seen by its peer only when it is not kept here.
+    pub(super) fn next_look(&self) -> Option<Instant> {
+        self.sockets.iter().filter(|socket| !socket.serves()).map(|socket| socket.next_look).min()
     }
 
     fn serving(&self) -> impl Iterator<Item = &KeptSocket> {
@@ -355,12 +374,18 @@ impl Kept {
             path: path(socket),
             fd: socket.fd.as_raw_fd(),
         };
-        self.sockets.iter().map(saved).collect()
+        self.bound().map(saved).collect()
     }
 
     /// Of all that are saved.
     pub(super) fn saved_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.sockets.iter().map(KeptSocket::fd)
+        self.bound().map(KeptSocket::fd)
+    }
+
+    /// What the kernel has not bound yet, or has refused to, has no address by which it could be found again. A program that
+    /// listens on it after all makes it known by that.
+    fn bound(&self) -> impl Iterator<Item = &KeptSocket> {
+        self.sockets.iter().filter(|socket| !matches!(socket.stage, Stage::Asked { .. }))
     }
 
     pub(super) fn resume(saved: Vec<SavedKept>) -> io::Result<Self> {

@@ -160,6 +160,11 @@ impl Options {
         self.intercept != Intercept::Off
     }
 
+    /// Whether a while after its last `bind` or `listen` is proof enough, where that is asked for.
+    pub(super) fn may_be_delayed(&self) -> bool {
+        self.intercepts() && self.may_be_seen()
+    }
+
     /// Whether seeing a worker wait for connections is proof enough.
     pub(super) fn may_be_seen(&self) -> bool {
         matches!(self.ready, Ready::Any | Ready::Waits)

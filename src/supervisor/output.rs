@@ -4,8 +4,10 @@
 //! Nothing here blocks: what our own stream does not take at once (a full pipe, a terminal that was stopped) stays in the
 //! worker's pipe, and the worker waits as it would without us.
 
-use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::fs::File;
+use std::io::{self, ErrorKind, IsTerminal, PipeReader, PipeWriter, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::LazyLock;
 use std::time::Instant;
 
@@ -40,11 +42,25 @@ impl Stream {
 
     pub(super) fn fd(self) -> BorrowedFd<'static> {
         static OURS: LazyLock<(io::Stdout, io::Stderr)> = LazyLock::new(|| (io::stdout(), io::stderr()));
+        static TERMINALS: LazyLock<[Option<File>; 2]> =
+            LazyLock::new(|| [&OURS.0 as &dyn AsFd, &OURS.1].map(non_blocking));
+        let ([stdout, stderr], (our_stdout, our_stderr)) = (&*TERMINALS, &*OURS);
         match self {
-            Self::Stdout => OURS.0.as_fd(),
-            Self::Stderr => OURS.1.as_fd(),
+            Self::Stdout => stdout.as_ref().map_or(our_stdout.as_fd(), AsFd::as_fd),
+            Self::Stderr => stderr.as_ref().map_or(our_stderr.as_fd(), AsFd::as_fd),
         }
     }
+}
+
+/// A terminal opened once more, so that it is non-blocking for nobody else: it can be written to as soon as it has room for a
+/// byte. None: it is none, or may not be opened by this user (su(1)).
+fn non_blocking(stream: &dyn AsFd) -> Option<File> {
+    let stream = stream.as_fd();
+    let open = || {
+        let path = format!("/proc/self/fd/{}", stream.as_raw_fd());
+        File::options().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).ok()
+    };
+    stream.is_terminal().then(open)?
 }
 
 #[derive(Serialize, Deserialize)]
@@ -54,6 +70,9 @@ pub(super) struct Output {
     pub(super) stream: Stream,
     tail: Tail,
     prefix: Option<Prefix>,
+    /// What was read and has not been taken yet. Nothing more is read until it is.
+    #[serde(default)]
+    rest: Vec<u8>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -78,7 +97,7 @@ impl Output {
         let (reader, writer) = io::pipe()?;
         fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let prefix = prefix.map(|text| Prefix { text, at_start: true });
-        Ok((Self { pipe: Some(reader), stream, tail: Tail::default(), prefix }, writer))
+        Ok((Self { pipe: Some(reader), stream, tail: Tail::default(), prefix, rest: vec![] }, writer))
     }
 
     pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
@@ -94,7 +113,15 @@ impl Output {
         // Each byte may be a line of its own.
         let most = CHUNK_BYTES / (1 + self.prefix.as_ref().map_or(0, |prefix| prefix.text.len()));
         let mut passed = 0;
-        while passed < BYTES_AT_ONCE {
+        loop {
+            // If ours is closed there is nowhere to say so.
+            if write_all(to, &mut self.rest).is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+                return Passed::Blocked;
+            }
+            self.rest.clear();
+            if passed >= BYTES_AT_ONCE {
+                return Passed::All;
+            }
             let Some(pipe) = &mut self.pipe else { return Passed::All };
             if !takes_more(to) {
                 return Passed::Blocked;
@@ -108,15 +135,13 @@ impl Output {
                         self.tail.push(bytes);
                     }
                     let prefixed = self.prefix.as_mut().map(|prefix| prefix.put_into(bytes));
-                    // If ours is closed there is nowhere to say so.
-                    let _ = write_all(to, prefixed.as_deref().unwrap_or(bytes));
+                    self.rest = prefixed.unwrap_or_else(|| bytes.to_vec());
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Passed::All,
                 Err(_) => self.pipe = None,
             }
         }
-        Passed::All
     }
 
     pub(super) fn last_lines(&mut self) -> Vec<String> {
@@ -139,10 +164,10 @@ impl Prefix {
 }
 
 /// Past the buffers of the standard library, which would keep what has no end of line yet.
-fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
+fn write_all(to: BorrowedFd<'_>, bytes: &mut Vec<u8>) -> io::Result<()> {
     while !bytes.is_empty() {
         match nix::unistd::write(to, bytes) {
-            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+            Ok(count) => drop(bytes.drain(..count)),
             Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -185,6 +210,35 @@ mod tests {
             output.pass_on_to(ours.as_fd());
         }
         assert!(output.fd().is_none());
+    }
+
+    /// Whoever shows it may stand still: a window that was frozen, a network that is gone.
+    #[test]
+    fn a_terminal_that_nobody_reads_from_is_not_waited_for() {
+        for text in ["x", "\n", "a line as most are, with some seventy bytes in it, and an end at last\n"] {
+            let terminal = nix::pty::openpty(None, None).unwrap();
+            let (sender, blocked) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                let ours = non_blocking(&terminal.slave).unwrap();
+                let (mut output, mut program) = Output::pipe(Stream::Stderr, None).unwrap();
+                let (text, mut written) = (text.repeat(CHUNK_BYTES / text.len()), 0);
+                while output.pass_on_to(ours.as_fd()) == Passed::All {
+                    program.write_all(text.as_bytes()).unwrap();
+                    written += text.len();
+                }
+                sender.send((output, written, ours, terminal)).unwrap();
+            });
+            let blocked = blocked.recv_timeout(std::time::Duration::from_secs(60));
+            let (mut output, written, ours, terminal) = blocked.unwrap_or_else(|error| panic!("{error}: {text:?}"));
+            // When somebody reads again all of it is there, once.
+            let (mut master, mut buffer, mut shown) = (File::from(terminal.master), [0; 4096], Vec::<u8>::new());
+            while shown.len() < written {
+                let count: usize = master.read(&mut buffer).unwrap();
+                shown.extend(buffer[..count].iter().filter(|byte| **byte != b'\r'));
+                output.pass_on_to(ours.as_fd());
+            }
+            assert!(shown == text.repeat(written / text.len()).into_bytes());
+        }
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub(super) struct Sockets {
     pub(super) kept: Kept,
     /// Of those that were closed.
     paths: Vec<(PathBuf, PathIdentity)>,
+    /// Where they were: the connections that they have led to are still to be counted.
+    closed: Vec<Address>,
 }
 
 impl Sockets {
@@ -68,7 +70,7 @@ impl Sockets {
         listeners.settle_unclaimed(Unclaimed::Keep, &gate);
         let passed = listeners.entries().map(|entry| entry.name.clone()).filter(|name| !names.contains(name));
         names.extend(passed.collect::<Vec<_>>());
-        let sockets = Self { listeners, gate, names, kept, paths: vec![] };
+        let sockets = Self { listeners, gate, names, kept, paths: vec![], closed: vec![] };
         for entry in sockets.entries() {
             let set = entry.socket.fd().map_or(Ok(()), |fd| SockRef::from(&fd).set_nonblocking(non_blocking));
             set.map_err(|error| Error::io(format!("prepare listener `{}`", entry.name), error))?;
@@ -92,7 +94,7 @@ impl Sockets {
         let names = saved.iter().map(|one| one.offered.name.clone()).collect();
         let inherited = saved.into_iter().map(SavedSocket::take).collect::<io::Result<_>>()?;
         let listeners = Listeners::resumed(inherited, &gate);
-        Ok(Self { listeners, gate, names, kept: Kept::resume(kept)?, paths: vec![] })
+        Ok(Self { listeners, gate, names, kept: Kept::resume(kept)?, paths: vec![], closed: vec![] })
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -128,7 +130,8 @@ impl Sockets {
     }
 
     pub(super) fn addresses(&self) -> Vec<Address> {
-        self.entries().map(|entry| entry.address.clone()).chain(self.kept.addresses()).collect()
+        let named = self.entries().map(|entry| entry.address.clone());
+        named.chain(self.kept.addresses()).chain(self.closed.iter().cloned()).collect()
     }
 
     pub(super) fn status(&self) -> Vec<ListenerStatus> {
@@ -155,6 +158,8 @@ impl Sockets {
         let closed = self.kept.retain(is_wanted);
         let deadline = Instant::now() + STORE_TIMEOUT;
         for socket in &closed {
+            let address = Address::of(socket.fd()).ok().filter(|address| !self.closed.contains(address));
+            self.closed.extend(address);
             if let Some((path, identity)) = socket.path() {
                 unlink_if_ours(&path, identity);
             }
@@ -205,7 +210,13 @@ impl Sockets {
     /// From now on they are the program's alone: when it has closed them, clients are refused instead of left waiting.
     pub(super) fn close(&mut self) {
         self.gate.close();
+        self.closed.extend(self.kept.addresses());
         self.paths = self.kept.retain(|_| false).iter().filter_map(KeptSocket::path).collect();
+    }
+
+    /// Nobody is left who has connections that began there.
+    pub(super) fn forget_closed(&mut self) {
+        self.closed.clear();
     }
 
     /// They are another's: their paths stay.

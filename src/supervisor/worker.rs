@@ -74,6 +74,9 @@ pub(super) struct Worker {
     pub(super) open: usize,
     /// How it ended.
     pub(super) exit: Option<String>,
+    /// Why it was killed, if it was started again after a crash, or beside others, and has not become ready.
+    #[serde(default)]
+    pub(super) not_ready: Option<String>,
 }
 
 /// What one worker is started as.
@@ -153,6 +156,7 @@ impl Worker {
             dismissed: None,
             open: 0,
             exit: None,
+            not_ready: None,
         })
     }
 

@@ -95,6 +95,12 @@ fn wrong_usage() {
     handover(&["upgrade", "--pid", "0"]).exits_with(2);
     handover(&["upgrade", "--pid", "1", "--socket", "x"]).exits_with(2);
     handover(&["upgrade", "--pid", "1", "--ready-timeout", "5"]).exits_with(2).complains("a time needs a unit");
+    handover(&["upgrade", "--pid", "1", "--ready-timeout", ""]).exits_with(2).complains("value was empty");
+    for (time, exit) in [("100y", 7), ("101y", 2), ("18446744073709551615s", 2)] {
+        handover(&["stop", "--pid", "2147483647", "--drain-timeout", time]).exits_with(exit);
+    }
+    let long = ["exec", "--ready-timeout", "18446744073709551615s", "--", "true"];
+    handover(&long).exits_with(2).complains("a time is 100 years at the most");
     handover(&["upgrade", "--pid", "1", "--env", "NAME"]).exits_with(2).complains("write NAME=VALUE");
     handover(&["upgrade", "--pid", "1", "--wait", "long"]).exits_with(2);
     handover(&["no-such-verb"]).exits_with(2);

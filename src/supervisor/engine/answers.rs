@@ -120,8 +120,16 @@ impl Supervisor {
     }
 
     pub(super) fn begin(&mut self, verb: Verb, request: &UpgradeRequest, requester: Requester) {
+        if request.ready_delay().is_some() && !self.options.may_be_delayed() {
+            let message = "--ready-delay proves nothing here: what the program binds is not intercepted, or --ready goes by \
+                           what it says";
+            let refused = ResultEvent::new(Outcome::BadRequest, message);
+            return requester.client().into_iter().for_each(|client| self.finish_with(client, refused.clone()));
+        }
         let order = self.order(verb, request);
-        let refusal = self.machine.refusal_of(&order).map(|refusal| self.words_for_refusal(refusal));
+        // The program may be waiting for the end of a server beside which it must not run.
+        let starts = (self.machine.phase() == Phase::Starting).then_some(Refusal::UnderWay);
+        let refusal = self.machine.refusal_of(&order).or(starts).map(|refusal| self.words_for_refusal(refusal));
         let replaces = self.replacement.as_ref().map(|_| "this supervisor is just being replaced".to_owned());
         if let Some(message) = refusal.or(replaces) {
             let busy = ResultEvent::new(Outcome::Busy, message);

@@ -11,7 +11,7 @@ use crate::control::messages::{Event as Said, Outcome, ResultEvent, StageEvent, 
 use crate::control::server::ClientId;
 use crate::engine::milliseconds_since;
 use crate::saved::moment;
-use crate::supervisor::machine::WorkerId;
+use crate::supervisor::machine::{Stage, WorkerId};
 use crate::supervisor::{connections, family};
 
 const COUNT_INTERVAL: Duration = Duration::from_millis(100);
@@ -74,8 +74,10 @@ impl Supervisor {
         let threads: Vec<Pid> = pids.into_iter().map(family::living_thread).collect();
         let open = connections::open(&threads, &self.sockets.addresses());
         for ((id, thread), open) in ids.iter().zip(&threads).zip(&open) {
+            // What one had that is killed was counted then, though it may take a while to end.
+            let is_told = self.machine.worker(*id).is_some_and(|worker| matches!(worker.stage, Stage::Stopping { .. }));
             // One that is just ending has none any more, and that says nothing of how it came to that.
-            let worker = self.workers.get_mut(id).filter(|_| family::has_fds(*thread));
+            let worker = self.workers.get_mut(id).filter(|_| is_told && family::has_fds(*thread));
             worker.into_iter().for_each(|worker| worker.open = *open);
         }
         open.iter().sum()

@@ -16,6 +16,7 @@ use crate::listeners::{Address, kind_of};
 use crate::protocol::{Claims, Kind};
 use crate::supervisor::caller::Caller;
 use crate::supervisor::family;
+use crate::supervisor::interception::Interception;
 use crate::supervisor::kept::{Found, carry_options_over, inode_of};
 use crate::supervisor::machine::{Phase, Stage, WorkerId};
 use crate::sys::Notification;
@@ -65,6 +66,24 @@ impl Supervisor {
             .collect();
         for (id, call) in calls {
             self.answer_call(id, call);
+        }
+    }
+
+    /// A worker is gone. What it has started may live on outside of its group: nothing is kept of that, and the kernel does
+    /// what it asks for. Without anybody who answers all of its calls would fail (ENOSYS).
+    pub(super) fn leave_to_kernel(&mut self, id: WorkerId, interception: Option<Interception>) {
+        let Some(mut interception) = interception.filter(|interception| interception.fd().is_some()) else { return };
+        let waiting = std::mem::take(&mut interception.waiting);
+        interception.filter().into_iter().for_each(|filter| waiting.iter().for_each(|call| call.let_pass(filter)));
+        self.survivors.insert(id, interception);
+    }
+
+    pub(super) fn on_call_of_survivor(&mut self, id: WorkerId, events: PollFlags) {
+        let Some(interception) = self.survivors.get_mut(&id) else { return };
+        let call = interception.next(events);
+        call.iter().zip(interception.filter()).for_each(|(call, filter)| call.let_pass(filter));
+        if interception.fd().is_none() {
+            self.survivors.remove(&id);
         }
     }
 
@@ -333,6 +352,9 @@ impl Supervisor {
     pub(super) fn look_for_closed(&mut self) {
         let begun = Instant::now();
         if self.machine.phase() == Phase::Serving {
+            if self.draining_workers().is_empty() {
+                self.sockets.forget_closed();
+            }
             for address in self.close_unwanted() {
                 log::info!("{address} is closed: the program does not listen there any more");
             }
@@ -374,8 +396,12 @@ fn replace(
     own: BorrowedFd<'_>,
     by: BorrowedFd<'_>,
 ) -> io::Result<()> {
-    let mut numbers = caller.numbers_of(inode_of(own)?).into_iter();
-    numbers.try_for_each(|(number, cloexec)| call.replace_fd(filter, by, number, cloexec))
+    let numbers = caller.numbers_of(inode_of(own)?)?;
+    // Whoever is told that it is done would go on with a socket that was never bound.
+    if numbers.is_empty() {
+        return Err(io::Error::other("it does not have its own socket any more"));
+    }
+    numbers.into_iter().try_for_each(|(number, cloexec)| call.replace_fd(filter, by, number, cloexec))
 }
 
 fn is_any_port(address: &Address) -> bool {

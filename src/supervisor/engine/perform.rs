@@ -7,7 +7,7 @@ use crate::engine::stands_still;
 use crate::error::Error;
 use crate::fault;
 use crate::supervisor::connections;
-use crate::supervisor::machine::{Action, Build as Which, Event, Phase, Refusal, WorkerId};
+use crate::supervisor::machine::{Action, Build as Which, Event, Phase, Refusal, Stage, WorkerId};
 use crate::supervisor::worker::{Place, Worker};
 
 /// From then on the crashes of a worker are called a loop.
@@ -29,11 +29,12 @@ impl Supervisor {
                 }
                 fault::reached("exec: told to stop", None);
             }
-            Action::Kill(id) => self.workers.get_mut(&id).into_iter().for_each(Worker::kill),
+            Action::Kill(id) => self.kill(id),
             Action::Dismiss(id) => self.dismiss(id),
             Action::Cut(id) => self.cut(id),
             Action::Abandon(id) => {
-                if let Some(worker) = self.workers.remove(&id) {
+                if let Some(mut worker) = self.workers.remove(&id) {
+                    self.leave_to_kernel(id, worker.interception.take());
                     log::error!("process {} was killed and does not end: it is waited for no longer", worker.pid);
                 }
             }
@@ -88,6 +89,17 @@ impl Supervisor {
                 Some(Event::NotSpawned(id))
             }
         }
+    }
+
+    fn kill(&mut self, id: WorkerId) {
+        let stage = self.machine.worker(id).map(|worker| worker.stage);
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if let Some(Stage::Killed { crashed: true, .. }) = stage {
+            let why = worker.why_not_ready(self.options.ready);
+            log::warn!("process {} was not ready in time: {why}: it is killed", worker.pid);
+            worker.not_ready = Some(why);
+        }
+        worker.kill();
     }
 
     fn note_failure(&mut self, error: Error) {
@@ -173,6 +185,8 @@ impl Supervisor {
 
     fn begin_drain(&mut self) {
         self.tell_manager_of_drain();
+        // What upgrades and restarts have cut was told by them, and this is the end of another thing.
+        self.cut = 0;
         self.sockets.close();
         self.timers.drain_count = Some(Instant::now());
     }

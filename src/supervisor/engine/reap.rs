@@ -93,7 +93,12 @@ impl Supervisor {
         self.read_conversation(id);
         let Some(worker) = self.workers.get_mut(&id) else { return };
         log::info!("process {} {end}", worker.pid);
-        self.last_exit = Some((worker.slot, format!("{end} before it was ready")));
+        let how = match worker.not_ready.take() {
+            // By this process.
+            Some(why) => format!("was not ready in time: {why}"),
+            None => format!("{end} before it was ready"),
+        };
+        self.last_exit = Some((worker.slot, how));
         worker.exit = Some(end.to_string());
         // Its last words: a pipe holds no more than that.
         self.blocked.extend(worker.pass_on());
@@ -104,7 +109,8 @@ impl Supervisor {
         }
         let drained = self.draining_workers().iter().any(|(other, _)| *other == id);
         self.tell(Event::Exited(id));
-        if let Some(worker) = self.workers.remove(&id) {
+        if let Some(mut worker) = self.workers.remove(&id) {
+            self.leave_to_kernel(id, worker.interception.take());
             self.leftovers.extend(worker.into_outputs().filter(|output| output.fd().is_some()));
         }
         if drained {

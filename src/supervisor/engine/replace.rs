@@ -97,6 +97,7 @@ impl Supervisor {
         self.accept(client);
         self.schedule_alive();
         let begun = Instant::now();
+        self.sockets.kept.settle();
         match self.rehearse(client, begun, request) {
             Ok(replacement) => {
                 let spawned = stage(StageName::Spawned, begun);
@@ -225,6 +226,7 @@ impl Supervisor {
     }
 
     fn execute_next(&mut self) -> Result<(), String> {
+        self.sockets.kept.settle();
         let Some(replacement) = &mut self.replacement else { return Ok(()) };
         if identity_of(&replacement.plan) != replacement.identity {
             return Err("the new build was replaced by another one meanwhile".to_owned());

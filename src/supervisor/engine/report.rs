@@ -40,7 +40,7 @@ impl Supervisor {
             Failure::Stopped => "was not ready when this process was told to stop".to_owned(),
         };
         let mend = match (failure, exit.as_deref()) {
-            (Failure::Silent, _) if self.options.intercepts() => Some(
+            (Failure::Silent, _) if self.options.may_be_delayed() => Some(
                 "--ready-timeout gives it longer; if the new build is not to listen there any more, or cannot be seen to \
                  wait (io_uring), --ready-delay or --ready-cmd proves it",
             ),

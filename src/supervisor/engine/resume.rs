@@ -29,6 +29,7 @@ use crate::fault;
 use crate::pid_file::PidFile;
 use crate::state::HandedState;
 use crate::supervisor::build::{Build, Recipe};
+use crate::supervisor::interception::Interception;
 use crate::supervisor::kept::SavedKept;
 use crate::supervisor::machine::{Machine, WorkerId};
 use crate::supervisor::options::Options;
@@ -54,8 +55,10 @@ struct Saved<'a> {
     machine: &'a Machine,
     sockets: Vec<SavedSocket>,
     kept: Vec<SavedKept>,
+    of_any_port: &'a [u64],
     workers: &'a BTreeMap<WorkerId, Worker>,
     leftovers: &'a [Output],
+    survivors: &'a BTreeMap<WorkerId, Interception>,
     recipe: &'a Recipe,
     committed: &'a Option<Build>,
     previous: &'a Option<BuildIdentity>,
@@ -76,8 +79,12 @@ struct Resumed {
     machine: Machine,
     sockets: Vec<SavedSocket>,
     kept: Vec<SavedKept>,
+    #[serde(default)]
+    of_any_port: Vec<u64>,
     workers: BTreeMap<WorkerId, Worker>,
     leftovers: Vec<Output>,
+    #[serde(default)]
+    survivors: BTreeMap<WorkerId, Interception>,
     recipe: Recipe,
     committed: Option<Build>,
     previous: Option<BuildIdentity>,
@@ -101,8 +108,10 @@ impl Supervisor {
             machine: &self.machine,
             sockets: self.sockets.saved(),
             kept: self.sockets.kept.saved(),
+            of_any_port: self.sockets.kept.of_any_port(),
             workers: &self.workers,
             leftovers: &self.leftovers,
+            survivors: &self.survivors,
             recipe: &self.recipe,
             committed: &self.committed,
             previous: &self.previous,
@@ -123,8 +132,9 @@ impl Supervisor {
         let listeners = self.sockets.fds();
         let of_workers = self.workers.values().flat_map(Worker::fds);
         let of_leftovers = self.leftovers.iter().filter_map(Output::fd);
+        let of_survivors = self.survivors.values().filter_map(Interception::fd);
         let listeners = listeners.iter().map(AsFd::as_fd).chain(self.sockets.kept.saved_fds());
-        let fds = listeners.chain(self.server.fds()).chain(of_workers).chain(of_leftovers);
+        let fds = listeners.chain(self.server.fds()).chain(of_workers).chain(of_leftovers).chain(of_survivors);
         use_them(&fds.chain([memfd.as_fd()]).collect::<Vec<_>>())
     }
 
@@ -149,8 +159,10 @@ impl Supervisor {
             forwarded,
             children,
         });
+        resumed.of_any_port.into_iter().for_each(|inode| supervisor.sockets.kept.expect_any_port(inode));
         supervisor.workers = resumed.workers;
         supervisor.leftovers = resumed.leftovers;
+        supervisor.survivors = resumed.survivors;
         supervisor.committed = resumed.committed;
         supervisor.previous = resumed.previous;
         supervisor.drains = resumed.drains;

@@ -54,4 +54,8 @@ fn what_is_wrong_with_a_file_is_told() {
     let mut command = home.command(HANDOVER);
     command.args(["exec", "--config", file.to_str().unwrap(), "--", "true"]);
     run(command).exits_with(2).complains("a time needs a unit");
+    // Of two the last one counts.
+    let mut command = home.command(HANDOVER);
+    command.args(["exec", "--config=/no/such/file", "--config", file.to_str().unwrap(), "--", "true"]);
+    run(command).exits_with(2).complains("a time needs a unit");
 }

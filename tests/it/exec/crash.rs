@@ -83,6 +83,20 @@ fn a_supervisor_without_fds_says_so_and_serves_on() {
     assert_eq!(server.answerer().generation, 2);
 }
 
+/// And not that it was killed, which would look like somebody else's doing.
+#[test]
+fn a_worker_that_does_not_become_ready_is_told_to_be_late() {
+    let home = Home::new();
+    let mut command = home.logged(HANDOVER, &["exec", "--ready-timeout", "5s"]);
+    command.args(HTTP).arg("--").arg(plain()).env("PLAIN", "hang,worker=1");
+    let server = Server::run(home, command);
+    let run = server.handover(&["scale", "2", "--pid", &server.first_pid().to_string()]).exits_with(1);
+    run.complains("worker 1 was not ready in time: it does not wait for connections on http; 1 serve on");
+    assert!(
+        server.home.log().contains("was not ready in time: it does not wait for connections on http: it is killed")
+    );
+}
+
 #[test]
 fn a_supervisor_whose_stderr_is_full_goes_on() {
     let home = Home::new();

@@ -140,6 +140,45 @@ fn ten_upgrades_lose_nothing() {
     server.assert_supervises(2);
 }
 
+/// Its connections are there until it is gone, and to give its memory back takes longer than the next count.
+#[test]
+fn what_is_cut_is_counted_once() {
+    let deaf = r#"
+ballast = b"x" * (256 << 20)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+listener = socket.create_server(address())
+accepted = []
+while True:
+    accepted.append(listener.accept())
+"#;
+    let address = own_address();
+    let server = python(deaf, &[&address.to_string()]);
+    for _ in 0..3 {
+        let client = TcpStream::connect(address).unwrap();
+        eventually("the connection", || (server.serving().connections.open == 1).then_some(()));
+        let run = server.upgrade(&["--wait", "drained", "--drain-timeout", "300ms", "--json"]).exits_with(5);
+        assert_eq!(run.last_json()["cut"], 1, "{run:?}");
+        drop(client);
+    }
+}
+
+/// What it has bound is not the supervisor's any more then.
+#[test]
+fn what_a_stop_cuts_is_counted() {
+    let home = Home::new();
+    let (address, path) = (own_address(), home.path("app.sock"));
+    let program = plain();
+    let program = [program.to_str().unwrap(), "epoll", &address.to_string(), path.to_str().unwrap()];
+    let mut server = exec_in(home, &[], &program);
+    let slow = (ask(address, "/slow/600"), ask_unix(&path, "/slow/600"));
+    eventually("the requests in flight", || (server.serving().connections.open == 2).then_some(()));
+    let pid = server.first_pid().to_string();
+    let run = server.handover(&["stop", "--pid", &pid, "--drain-timeout", "300ms"]).exits_with(5);
+    run.complains("; 2 connections were closed before they had ended");
+    assert_eq!(eventually("the end of the supervisor", || server.try_wait()).code(), Some(5));
+    drop(slow);
+}
+
 /// Of every kind, and the path that clients know leads to one that serves at every moment, though each program removes it
 /// when it starts and again when it ends.
 #[test]
@@ -246,6 +285,47 @@ fn an_address_that_the_new_build_does_not_want_is_told_and_closed() {
     assert_eq!(server.sockets().len(), 2);
 }
 
+/// Though it binds before it connects, as some do for the sake of their port.
+#[test]
+fn the_end_of_a_client_of_the_program_is_seen_at_once() {
+    let connects = r#"
+listener = socket.create_server(address())
+peer, number = int(sys.argv[2]), 1
+while True:
+    answer(listener)
+    client = socket.socket()
+    client.bind(address(number))
+    client.connect((address()[0], peer))
+    client.close()
+    number += 1
+"#;
+    let address = own_address();
+    let peer = std::net::TcpListener::bind((address.ip(), 0)).unwrap();
+    let server = python(connects, &[&address.to_string(), &peer.local_addr().unwrap().port().to_string()]);
+    for _ in 0..3 {
+        assert_eq!(ask(address, "/").answerer().generation, 1);
+        let (mut accepted, _) = peer.accept().unwrap();
+        let begun = std::time::Instant::now();
+        assert_eq!(io::Read::read(&mut accepted, &mut [0]).unwrap(), 0);
+        assert!(begun.elapsed() < std::time::Duration::from_secs(1), "{:?}", begun.elapsed());
+    }
+    assert_eq!(server.sockets().len(), 1);
+}
+
+/// It is closed long before the old build has ended.
+#[test]
+fn what_is_cut_at_an_address_that_the_new_build_does_not_want_is_counted() {
+    let (kept, dropped) = (own_address(), own_address());
+    let server = exec(&[], &["epoll", &kept.to_string(), &dropped.to_string()]);
+    let slow = ask(dropped, "/slow/600");
+    eventually("the request in flight", || (server.serving().connections.open == 1).then_some(()));
+    let options = ["--ready-delay", "200ms", "--wait", "drained", "--drain-timeout", "8s", "--json"];
+    let run = server.upgrade(&[&options[..], &["--", "epoll", &kept.to_string()]].concat()).exits_with(5);
+    assert_eq!(run.last_json()["cut"], 1, "{run:?}");
+    assert!(is_refused(dropped));
+    drop(slow);
+}
+
 #[test]
 fn what_the_program_opens_and_closes_while_it_serves() {
     let (first, second) = (own_address(), own_address());
@@ -346,6 +426,83 @@ fn a_supervisor_that_replaces_itself_goes_on_with_all_of_it() {
     }
     load.stop().assert_lossless();
     assert_eq!(server.sockets(), sockets);
+}
+
+/// Its socket has no name then by which the next build of the supervisor could find it.
+#[test]
+fn a_supervisor_replaces_itself_when_the_kernel_has_refused_a_name() {
+    let asks_in_vain = r#"
+listener = socket.create_server(address())
+while True:
+    taken = socket.socket(socket.AF_UNIX)
+    answer(listener)
+    try:
+        taken.bind("\0" + sys.argv[2])
+    except OSError:
+        pass
+"#;
+    let home = Home::new();
+    let (address, name) = (own_address(), home.path("taken").display().to_string());
+    let taken = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+    taken.bind(&socket2::SockAddr::unix(format!("\0{name}")).unwrap()).unwrap();
+    let program = script(asks_in_vain);
+    let server = exec_in(home, &[], &["python3", "-c", &program, &address.to_string(), &name]);
+    let sockets = server.sockets();
+    // The second is answered when the first has asked.
+    for _ in 0..2 {
+        assert_eq!(ask(address, "/").answerer().generation, 1);
+    }
+    server.handover(&["upgrade", "--self", "--pid", &server.first_pid().to_string()]).exits_with(0);
+    assert_eq!(server.sockets(), sockets);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(server.sockets(), sockets);
+}
+
+/// Between its calls of `bind` and `listen`, which may be far apart.
+#[test]
+fn a_port_that_the_kernel_chose_before_the_supervisor_was_replaced_stays() {
+    let listens_later = r#"
+later = socket.socket()
+later.bind(("127.0.0.1", 0))
+if os.environ["HANDOVER_GENERATION"] == "1":
+    signal.signal(signal.SIGUSR1, lambda *_: later.listen())
+    wait_on([socket.create_server(address())])
+later.listen()
+wait_on([socket.create_server(address()), later])
+"#;
+    let server = python(listens_later, &[&own_address().to_string()]);
+    let pid = server.first_pid();
+    server.handover(&["upgrade", "--self", "--pid", &pid.to_string()]).exits_with(0);
+    server.signal(pid, Signal::SIGUSR1);
+    eventually("two listeners", || (server.sockets().len() == 2).then_some(()));
+    let sockets = server.sockets();
+    server.upgrade(&["--wait", "drained", "--ready-timeout", "10s"]).exits_with(0);
+    assert_eq!(server.sockets(), sockets);
+}
+
+/// In a session of its own, as a job that is to outlive the server.
+#[test]
+fn what_a_program_has_started_and_left_behind_can_do_all_it_could() {
+    let leaves_behind = r#"
+if os.environ["HANDOVER_GENERATION"] == "1" and os.fork() == 0:
+    os.setsid()
+    open(sys.argv[2]).read()
+    os.unlink(sys.argv[3])
+    os._exit(0)
+listener = socket.create_server(address())
+while True:
+    answer(listener)
+"#;
+    let home = Home::new();
+    let (hold, file) = (home.fifo("hold"), home.file("file", b"", 0o600));
+    let (program, address) = (script(leaves_behind), own_address().to_string());
+    let (fifo, path) = (hold.path().display().to_string(), file.display().to_string());
+    let server = exec_in(home, &[], &["python3", "-c", &program, &address, &fifo, &path]);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    server.handover(&["upgrade", "--self", "--pid", &server.first_pid().to_string()]).exits_with(0);
+    hold.reached().let_go();
+    eventually("the file to be removed", || (!file.exists()).then_some(()));
+    server.assert_supervises(1);
 }
 
 #[test]

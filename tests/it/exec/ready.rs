@@ -1,7 +1,7 @@
 //! Ready is proved, and never a matter of time.
 
 use crate::client::get;
-use crate::command::Running;
+use crate::command::{Running, run};
 use crate::exec::{exec, exec_in, plain};
 use crate::home::{HANDOVER, Home};
 use crate::server::Server;
@@ -83,4 +83,32 @@ fn by_a_command_as_well() {
     upgrade.finish().exits_with(0);
     assert_eq!(server.answerer().generation, 2);
     server.assert_supervises(1);
+}
+
+/// It counts from what the program is seen to bind.
+#[test]
+fn a_delay_that_would_prove_nothing_is_refused() {
+    let home = Home::new();
+    let ways: [&[&str]; 3] = [&["--listen", "127.0.0.1:0"], &["--intercept", "off"], &["--ready", "notify"]];
+    for options in ways {
+        let mut command = home.command(HANDOVER);
+        command.args(["exec", "--ready-delay", "1s"]).args(options).args(["--", "true"]);
+        run(command).exits_with(2).complains("--ready-delay");
+    }
+    let server = exec(&[]);
+    let pid = server.first_pid().to_string();
+    for verb in ["upgrade", "restart"] {
+        server.handover(&[verb, "--ready-delay", "1s", "--pid", &pid]).exits_with(2).complains("--ready-delay");
+    }
+    let itself = ["upgrade", "--self", "--ready-delay", "1s", "--pid", &pid];
+    server.handover(&itself).exits_with(2).complains("cannot be used with");
+    assert_eq!(server.generation(), 1);
+}
+
+#[test]
+fn nothing_is_taken_over_without_interception() {
+    let home = Home::new();
+    let mut command = home.command(HANDOVER);
+    command.args(["exec", "--take-over", "2147483647", "--intercept", "off", "--", "true"]);
+    run(command).exits_with(2).complains("leave --intercept off out");
 }

@@ -45,6 +45,19 @@ fn one_signal_drains_and_a_second_ends() {
     }
 }
 
+/// What was cut before was told then, however long ago that was.
+#[test]
+fn a_stop_tells_of_what_it_has_cut_itself() {
+    let mut server = exec(&[]);
+    let slow = ask(server.address(), "/slow/600");
+    eventually("the request in flight", || (server.serving().connections.open == 1).then_some(()));
+    server.restart(&["--kill-after", "100ms"]).exits_with(0).says("; 1 connection was closed");
+    drop(slow);
+    let run = server.handover(&["stop", "--pid", &server.first_pid().to_string()]).exits_with(0);
+    assert!(run.stderr.is_empty(), "{run:?}");
+    assert_eq!(exit_code(&mut server), Some(0));
+}
+
 #[test]
 fn a_program_that_does_not_listen_is_killed_at_the_deadline() {
     let home = Home::new();

@@ -47,6 +47,34 @@ fn one_that_is_killed_while_its_call_waits_is_no_harm() {
     server.upgrade(&["--wait", "drained"]).exits_with(0);
 }
 
+/// So that it can take the socket of the program, and not look under which numbers the program has it.
+#[test]
+fn a_supervisor_without_fds_does_not_say_that_a_socket_is_bound() {
+    let limit = |pid: i32, limit: &str| {
+        let limit = format!("--nofile={limit}:");
+        let limited = Command::new("prlimit").args(["--pid", &pid.to_string(), &limit]).status();
+        assert!(limited.unwrap().success());
+    };
+    let attempt = || {
+        let server = with_a_call_that_waits(|server, _| {
+            let open = fs::read_dir(format!("/proc/{}/fd", server.first_pid())).unwrap().flatten();
+            let open: BTreeSet<u32> = open.map(|fd| fd.file_name().to_str().unwrap().parse().unwrap()).collect();
+            let fourth = (0..).filter(|number| !open.contains(number)).nth(3).unwrap();
+            limit(server.first_pid(), &fourth.to_string());
+        });
+        limit(server.first_pid(), "1024");
+        let message = server.serving().last_upgrade.unwrap().message;
+        let has_failed = !message.starts_with("upgraded");
+        if has_failed {
+            server.upgrade(&["--wait", "drained"]).exits_with(0);
+        }
+        (has_failed, message)
+    };
+    // One that stood still in the middle of a look at the program has more room than that.
+    let (_, failed) = (0..20).map(|_| attempt()).find(|(has_failed, _)| *has_failed).unwrap();
+    assert!(failed.contains("the new build exited with status 101 before it was ready"), "{failed}");
+}
+
 fn server_address(server: &Server) -> SocketAddr {
     let log = server.home.log();
     let argument = fs::read(format!("/proc/{}/cmdline", server.first_pid())).unwrap();

@@ -67,6 +67,46 @@ fn one_that_could_be_of_a_client_is_taken_if_it_is_named() {
     assert_eq!(server.sockets().len(), 1);
 }
 
+/// Not even an upgrade that is asked for meanwhile.
+#[test]
+fn without_overlap_nothing_is_started_before_the_server_has_ended() {
+    let home = Home::new();
+    let (address, hold) = (own_address(), home.fifo("hold"));
+    let slow_to_end = script(
+        r#"
+def end_when_let_go(*_):
+    open(sys.argv[2]).read()
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, end_when_let_go)
+listener = socket.create_server(address())
+while True:
+    answer(listener)
+"#,
+    );
+    let (at, fifo) = (address.to_string(), hold.path().display().to_string());
+    let mut command = home.logged("python3", &["-c", &slow_to_end, &at, &fifo]);
+    let mut old = command.env("HANDOVER_GENERATION", "0").spawn().unwrap();
+    eventually("the server", || TcpStream::connect(address).ok());
+    let pid = old.id().to_string();
+    let arguments = ["exec", "--trial", "100ms", "--take-over", &pid, "--no-overlap", "--"];
+    let mut command = home.logged(HANDOVER, &arguments);
+    let new = command.args([plain().to_str().unwrap(), "epoll", &at]).spawn().unwrap();
+    let server = Server::adopt(home, new);
+    let held = hold.reached();
+    for verb in ["upgrade", "restart"] {
+        let run = server.handover(&[verb, "--pid", &server.first_pid().to_string()]);
+        run.exits_with(3).complains("is still starting up");
+    }
+    server.signal(server.first_pid(), Signal::SIGUSR2);
+    eventually("the signal", || server.home.log().contains("asked for by signal").then_some(()));
+    assert_eq!(server.worker_pids(), Vec::<i32>::new());
+    held.let_go();
+    assert!(old.wait().unwrap().success());
+    server.wait_until(server.first_pid(), handover::control::State::Serving);
+    assert_eq!(ask(address, "/").answerer().generation, 1);
+}
+
 fn started_plainly(home: &Home, arguments: &[&str]) -> std::process::Child {
     let mut command: Command = home.logged(plain(), arguments);
     command.env("HANDOVER_GENERATION", "0").spawn().unwrap()
@@ -126,7 +166,10 @@ fn a_server_whose_place_cannot_be_taken_serves_on() {
     refused(&[&pid], &[plain, "epoll", &other], &format!("it does not wait for connections on {address}"));
     refused(&[&pid], &["false"], "exited with status 1");
     refused(&[&pid, "--listen", &other], &["true"], &format!("it does not listen on {other}; it does on {address}"));
-    refused(&["2147483647"], &["true"], "No such process");
+    let pid_file = home.path("app.pid").display().to_string();
+    refused(&["2147483647", "--pid-file", &pid_file], &["true"], "No such process");
+    let left = fs::read_dir(home.path("")).unwrap().flatten().map(|entry| entry.file_name());
+    assert_eq!(left.filter(|name| name.to_string_lossy().starts_with("app.pid")).count(), 0);
     let mut sleeps = Command::new("sleep").arg("600").spawn().unwrap();
     refused(&[&sleeps.id().to_string()], &["true"], "neither it nor what it has started listens on anything");
     sleeps.kill().unwrap();
