@@ -58,6 +58,12 @@ impl Error {
         self
     }
 
+    #[cfg(feature = "cli")]
+    pub(crate) fn with_tried(mut self, tried: impl Into<String>) -> Self {
+        self.tried = tried.into();
+        self
+    }
+
     pub(crate) fn with_kind(mut self, kind: ErrorKind) -> Self {
         self.kind = kind;
         self

@@ -291,7 +291,11 @@ impl Supervisor {
         match self.recipe.build(&UpgradeRequest::default(), None) {
             Ok(build) => self.new = Some(build),
             Err(error) => {
-                self.not_started = Some(error);
+                // Nobody has asked for a new build.
+                let is_missing = error.cause_is(std::io::ErrorKind::NotFound);
+                let error = error.with_tried(format!("start `{}`", self.options.program.display()));
+                let mend = "is it installed? A name without a slash is looked for in PATH, as a shell does";
+                self.not_started = Some(if is_missing { error.mend(mend) } else { error });
                 return self.tell(Event::StopNow);
             }
         }

@@ -65,8 +65,11 @@ fn a_program_that_does_not_start_is_told_and_ends_the_supervisor() {
     refused(plain, "exit=3", 1, "plain: no database at db.internal");
     refused(plain, "exit=0", 1, "let it stay in the foreground");
     refused(plain, "hang", 1, "it was not ready in time: it does not wait for connections on http");
-    refused("/no/such/program", "", 1, "No such file or directory");
-    refused("no-such-program", "", 1, "No such file or directory");
+    let missing =
+        |name: &str| format!("cannot start `{name}`: No such file or directory (os error 2) (is it installed?");
+    for name in ["/no/such/program", "no-such-program"] {
+        refused(name, "", 1, &missing(name));
+    }
     refused("/etc/passwd", "", 1, "is it executable?");
 }
 
