@@ -1,7 +1,7 @@
 //! Every `unsafe` block of the crate, behind functions that are safe to call.
 //!
 //! What `nix`, `socket2` and `sendfd` already wrap is used from there. Here is only what they lack: `posix_spawn` with
-//! a working directory, pidfds, the end of every child, fds that arrive by number or by message, a faster `accept`, system calls that wait for
+//! a working directory, the path that was executed, pidfds, the end of every child, fds that arrive by number or by message, a faster `accept`, system calls that wait for
 //! another process, what a signal does, and readings of a socket. The compiler refuses it anywhere else.
 
 mod accept;
@@ -25,7 +25,7 @@ pub(crate) use signals::{ignored_signals, is_default};
 #[cfg(feature = "cli")]
 pub(crate) use socket::receive_with_uid;
 pub(crate) use socket::{accept_backlog, receive_from, unread_bytes};
-pub(crate) use spawn::{SpawnRequest, spawn};
+pub(crate) use spawn::{SpawnRequest, executed_path, spawn};
 #[cfg(feature = "cli")]
 pub(crate) use wait::End;
 pub(crate) use wait::{Child, ended_child};

@@ -3,11 +3,13 @@
 //! `std::process::Command` cannot pass an fd without `pre_exec`, which makes it fork; `nix` has no file action for the
 //! working directory. Hence by hand.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString, OsStr};
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
@@ -25,6 +27,20 @@ pub(crate) struct SpawnRequest<'a> {
     pub(crate) signal_mask: SigSet,
     /// Stay ignored if this process ignores them; every other signal is at its default.
     pub(crate) ignored: SigSet,
+}
+
+/// The path that this process was executed by (`AT_EXECFN`), as whoever did that has written it.
+pub(crate) fn executed_path() -> Option<PathBuf> {
+    // SAFETY: the call only looks up a number among those that the kernel has left above the stack.
+    let address = unsafe { libc::getauxval(libc::AT_EXECFN) };
+    let text = std::ptr::with_exposed_provenance::<libc::c_char>(usize::try_from(address).ok()?);
+    if text.is_null() {
+        return None;
+    }
+    // SAFETY: the number is the address of a string that the kernel has written there at exec. It lies above arguments and
+    // environment, is followed by a zero byte at the least, and stays for as long as the process.
+    let text = unsafe { CStr::from_ptr(text) };
+    Some(PathBuf::from(OsStr::from_bytes(text.to_bytes())))
 }
 
 /// Starts the program. The error is that of exec where exec failed.

@@ -55,7 +55,9 @@ impl Started {
             (Ok(named), Some(runs)) => (named.dev(), named.ino()) == (runs.dev(), runs.ino()),
             _ => false,
         };
-        let program = match named.filter(same) {
+        // Or that this was executed by, and which leads elsewhere by now: the next deployment has been quick.
+        let executed = sys::executed_path().map(|path| directory.join(path));
+        let program = match named.filter(|path| executed.as_ref() == Some(path) || same(path)) {
             Some(_) => PathBuf::from(&argv0),
             None => env::current_exe().unwrap_or_else(|_| PathBuf::from(&argv0)),
         };

@@ -68,17 +68,23 @@ fn while_it_is_being_written() {
     runs(&server, &program);
 }
 
-#[test]
-fn switched_by_a_link() {
+fn releases(names: &[&str]) -> Home {
     let home = Home::new();
-    for release in ["1", "2"] {
+    for release in names {
         fs::create_dir(home.path(release)).unwrap();
         home.copy_of_fixture(&format!("{release}/server"));
     }
-    let switch_to = |home: &Home, release: &str| {
-        symlink(release, home.path("next")).unwrap();
-        fs::rename(home.path("next"), home.path("current")).unwrap();
-    };
+    home
+}
+
+fn switch_to(home: &Home, release: &str) {
+    symlink(release, home.path("next")).unwrap();
+    fs::rename(home.path("next"), home.path("current")).unwrap();
+}
+
+#[test]
+fn switched_by_a_link() {
+    let home = releases(&["1", "2"]);
     switch_to(&home, "1");
     let program = home.path("current/server");
     let server = start(home, &program);
@@ -93,14 +99,30 @@ fn switched_by_a_link() {
     assert_eq!(server.get("/exe"), server.home.path("1/server").display().to_string());
 }
 
+/// By two deployments, one after the other, of which the first one's build takes its time before it calls `Handover::start`.
+#[test]
+fn switched_again_before_the_new_build_asks_how_it_was_started() {
+    let home = releases(&["1", "2", "3"]);
+    switch_to(&home, "1");
+    let program = home.path("current/server");
+    let server = start(home, &program);
+    switch_to(&server.home, "2");
+    let hold = server.home.fifo("hold");
+    let upgrade = server.begin_upgrade(&["--env", &hold.fault("hold-before-start")]);
+    let held = hold.reached();
+    switch_to(&server.home, "3");
+    held.let_go();
+    upgrade.finish().exits_with(0);
+    assert_eq!(server.get("/exe"), server.home.path("2/server").display().to_string());
+    assert_eq!(server.serving().program, program);
+    server.upgrade(&["--env", "FIXTURE_FAULT="]).exits_with(0);
+    assert_eq!(server.get("/exe"), server.home.path("3/server").display().to_string());
+}
+
 /// `cd /srv/app/current && ./server`: the directory is followed to where the link points now.
 #[test]
 fn in_a_working_directory_switched_by_a_link() {
-    let home = Home::new();
-    for release in ["1", "2"] {
-        fs::create_dir(home.path(release)).unwrap();
-        home.copy_of_fixture(&format!("{release}/server"));
-    }
+    let home = releases(&["1", "2"]);
     symlink("1", home.path("current")).unwrap();
     let mut command = home.logged("./server", &ARGUMENTS);
     command.current_dir(home.path("current")).env("PWD", home.path("current"));
