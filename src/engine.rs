@@ -279,6 +279,7 @@ impl Engine {
             match command {
                 Command::Ready => self.on_app_ready(),
                 Command::StillStarting(reason) => {
+                    self.tell_manager_of_start(&reason);
                     self.restart_is_still_starting(&reason);
                     self.tell_new_side_with(inherit::Event::AppStillStarting, reason);
                 }

@@ -249,7 +249,8 @@ impl Handover {
         self.shared.phase.clone().future(ownership).await
     }
 
-    /// Says that this process needs longer to start up, and why: `ready_timeout` begins anew.
+    /// Says that this process needs longer to start up, and why: `ready_timeout` begins anew. Where there is no old process a
+    /// service manager is told (`EXTEND_TIMEOUT_USEC=`), which would end this one after its `TimeoutStartSec=`.
     pub fn still_starting(&self, reason: impl Into<String>) {
         self.shared.command(Command::StillStarting(reason.into()));
     }

@@ -97,6 +97,11 @@ impl Notifier {
         self.send(&[&status_line(status)]);
     }
 
+    /// Not ready yet: it may take so much longer, from now on.
+    pub(crate) fn still_starting(&self, time: Duration, status: &str) {
+        self.send(&[&format!("EXTEND_TIMEOUT_USEC={}", time.as_micros()), &status_line(status)]);
+    }
+
     pub(crate) fn stopping(&self, status: &str) {
         self.send(&["STOPPING=1", &status_line(status)]);
     }

@@ -3,8 +3,8 @@
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use super::Engine;
 use super::attempt::Attempt;
+use super::{Engine, LONGEST};
 use crate::inherit;
 use crate::systemd::STORE_TIMEOUT;
 use crate::upgrade::{Origin, Stage};
@@ -16,6 +16,16 @@ impl Engine {
         notifier.ready(&self.serving_status());
         self.keep_listeners_in_store();
         self.ping_watchdog();
+    }
+
+    /// Not by the new process of an upgrade, which is not the main one.
+    pub(super) fn tell_manager_of_start(&self, reason: &str) {
+        let alone = self.inherit.stage() == inherit::Stage::Starting { old_process: false };
+        if let Some(notifier) = self.notifier.as_ref().filter(|_| alone) {
+            let generation = self.shared.generation;
+            let time = self.shared.config.ready_timeout.min(LONGEST);
+            notifier.still_starting(time, &format!("generation {generation} starts: {reason}"));
+        }
     }
 
     fn serving_status(&self) -> String {

@@ -25,6 +25,8 @@ pub(crate) const WORKERS_MAX: usize = 1024;
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Whoever has served for so long and then dies is no part of a crash loop.
 const STEADY_AFTER: Duration = Duration::from_secs(10);
+/// What a worker may ask for at a time.
+const MORE_TIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -55,8 +57,10 @@ pub(crate) enum Event {
     Start(Order),
     Upgrade(Order),
     Ready(WorkerId),
-    /// It says that it needs more time.
+    /// It says that it needs more time: its own begins anew.
     StillStarting(WorkerId),
+    /// It says that it needs so much, from now on.
+    NeedsTime(WorkerId, Duration),
     /// It says that it will not serve, or nothing that can be understood.
     Refused(WorkerId),
     NotSpawned(WorkerId),
@@ -315,6 +319,7 @@ impl Machine {
             },
             Event::Ready(id) => self.ready(id, now),
             Event::StillStarting(id) => self.still_starting(id, now),
+            Event::NeedsTime(id, time) => self.needs_time(id, time, now),
             Event::Refused(id) => self.refused(id, now),
             Event::NotSpawned(id) => self.gone(id, Failure::NotSpawned, now),
             Event::Exited(id) => self.gone(id, Failure::Exited, now),

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, setsockopt, socket, sockopt};
 use nix::unistd::geteuid;
@@ -18,6 +19,8 @@ use crate::{saved, sys};
 pub(super) struct Said {
     pub(super) ready: bool,
     pub(super) status: Option<String>,
+    /// How much longer it may take to start, from now on.
+    pub(super) more_time: Option<Duration>,
 }
 
 impl Said {
@@ -26,6 +29,9 @@ impl Said {
             self.ready |= line == "READY=1";
             if let Some(status) = line.strip_prefix("STATUS=") {
                 self.status = Some(printable(status));
+            }
+            if let Some(Ok(microseconds)) = line.strip_prefix("EXTEND_TIMEOUT_USEC=").map(str::parse) {
+                self.more_time = Some(Duration::from_micros(microseconds));
             }
         }
     }
@@ -102,7 +108,9 @@ mod tests {
         sender.connect_addr(&SocketAddr::from_abstract_name(name.strip_prefix('@').unwrap()).unwrap()).unwrap();
         assert_eq!(notify.read(), Said::default());
         sender.send(b"STATUS=warming up\nMAINPID=1").unwrap();
-        assert_eq!(notify.read(), Said { ready: false, status: Some("warming up".into()) });
+        assert_eq!(notify.read(), Said { status: Some("warming up".into()), ..Said::default() });
+        sender.send(b"EXTEND_TIMEOUT_USEC=1500000\nEXTEND_TIMEOUT_USEC=-1").unwrap();
+        assert_eq!(notify.read(), Said { more_time: Some(Duration::from_millis(1500)), ..Said::default() });
         let (mut reader, writer) = io::pipe().unwrap();
         sender.send(b"READY=1\n").unwrap();
         sender.send_with_fd(b"BARRIER=1", &[writer.as_raw_fd()]).unwrap();

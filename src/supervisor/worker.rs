@@ -53,6 +53,9 @@ pub(super) struct Worker {
     #[serde(skip)]
     pub(super) conversation: Option<Conversation>,
     said_ready: bool,
+    /// What it has asked for, and has not been given yet.
+    #[serde(skip)]
+    pub(super) more_time: Option<Duration>,
     sent_ready: bool,
     /// What it last said about itself.
     pub(super) status: Option<String>,
@@ -146,6 +149,7 @@ impl Worker {
             last_bound: None,
             conversation,
             said_ready: false,
+            more_time: None,
             sent_ready: false,
             status: None,
             next_look: options.may_be_seen().then(|| now + LOOK_INTERVAL_MIN),
@@ -163,6 +167,7 @@ impl Worker {
     pub(super) fn read_notify(&mut self) {
         let said = self.notify.read();
         self.said_ready |= said.ready;
+        self.more_time = said.more_time.or(self.more_time);
         self.status = said.status.or(self.status.take());
     }
 

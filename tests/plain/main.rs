@@ -148,6 +148,10 @@ impl Faults {
             eprintln!("plain: no database at db.internal");
             exit(code.parse().unwrap());
         }
+        if let Some(milliseconds) = self.0.get("extend") {
+            notify("STATUS=reading a large table\nEXTEND_TIMEOUT_USEC=30000000");
+            thread::sleep(Duration::from_millis(milliseconds.parse().unwrap()));
+        }
         if self.has("hang") {
             thread::sleep(Duration::from_secs(600));
         }

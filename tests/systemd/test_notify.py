@@ -120,6 +120,18 @@ class Notify(unittest.TestCase):
         wait_for("the old process ends", lambda: not lives(pid))
         return new
 
+    def test_a_start_that_takes_long(self) -> None:
+        self.environment["FIXTURE_FAULT"] = "still-starting=2"
+        command = [self.program, "--listen", "127.0.0.1:8080", "--ready-timeout", "7s"]
+        process = subprocess.Popen(command, env=self.environment, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.last = process.pid
+        self.addCleanup(self.end)
+        for step in (1, 2):
+            lines = {"EXTEND_TIMEOUT_USEC": "7000000", "STATUS": f"generation 1 starts: step {step}"}
+            self.assertEqual(self.manager.next(), (process.pid, lines, []))
+        self.assertEqual(self.manager.next().lines["READY"], "1")
+
     def test_an_upgrade_and_a_stop(self) -> None:
         pid = self.start()
         for generation in (2, 3):

@@ -22,6 +22,11 @@ impl Supervisor {
         if starting.is_empty() {
             return;
         }
+        for id in &starting {
+            if let Some(time) = self.workers.get_mut(id).and_then(|worker| worker.more_time.take()) {
+                self.tell(Event::NeedsTime(*id, time));
+            }
+        }
         let now = Instant::now();
         let is_due =
             |id: &WorkerId| self.workers.get(id).is_some_and(|worker| worker.next_look.is_some_and(|next| next <= now));

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    Action, BACKOFF_FIRST, BACKOFF_MAX, Build, Crashes, Doing, Failure, KILL_TIMEOUT, Machine, STEADY_AFTER, Stage,
-    Step, Worker, WorkerId,
+    Action, BACKOFF_FIRST, BACKOFF_MAX, Build, Crashes, Doing, Failure, KILL_TIMEOUT, MORE_TIME_MAX, Machine,
+    STEADY_AFTER, Stage, Step, Worker, WorkerId,
 };
 
 impl Machine {
@@ -57,6 +57,13 @@ impl Machine {
         let worker = self.workers.get_mut(&id).filter(|worker| worker.generation == roll.generation);
         if let Some(Stage::Starting { deadline }) = worker.map(|worker| &mut worker.stage) {
             *deadline = now + timeout;
+        }
+    }
+
+    /// Of any build: one that is started again after a crash starts no faster.
+    pub(super) fn needs_time(&mut self, id: WorkerId, time: Duration, now: Instant) {
+        if let Some(Stage::Starting { deadline }) = self.workers.get_mut(&id).map(|worker| &mut worker.stage) {
+            *deadline = (now + time.min(MORE_TIME_MAX)).max(*deadline);
         }
     }
 

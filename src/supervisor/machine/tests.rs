@@ -191,6 +191,21 @@ fn a_restarted_worker_that_never_becomes_ready_is_a_crash_too() {
 }
 
 #[test]
+fn a_worker_that_asks_for_time_has_it_also_after_a_crash() {
+    let mut driven = Driven::serving(1);
+    driven.tell(Event::Exited(0));
+    driven.tell(Event::NeedsTime(1, 45 * SECOND));
+    // What is asked for is from now on, and never less than there was.
+    driven.tell(Event::NeedsTime(1, SECOND));
+    assert_eq!(driven.after(40 * SECOND), []);
+    driven.tell(Event::NeedsTime(1, Duration::MAX));
+    assert_eq!(driven.after(MORE_TIME_MAX), [Action::Kill(1)]);
+    driven.tell(Event::NeedsTime(1, SECOND));
+    driven.tell(Event::Exited(1));
+    assert!(matches!(driven.actions[..], [Action::Crashed { times: 2, .. }]), "{:?}", driven.actions);
+}
+
+#[test]
 fn an_old_worker_that_crashes_during_an_upgrade_is_started_again() {
     let mut driven = Driven::serving(1);
     driven.tell(Event::Upgrade(order()));

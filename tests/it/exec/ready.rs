@@ -6,6 +6,8 @@ use crate::exec::{exec, exec_in, plain};
 use crate::home::{HANDOVER, Home};
 use crate::server::Server;
 use crate::wait::eventually;
+use handover::control::State;
+use nix::sys::signal::Signal;
 
 #[test]
 fn each_way_of_waiting_is_seen() {
@@ -63,6 +65,23 @@ fn by_ready_1_alone() {
     upgrade.wait_for_line("said READY=1");
     upgrade.finish().exits_with(0);
     assert_eq!(server.answerer().generation, 2);
+}
+
+/// As long as it says so, also when it is started again.
+#[test]
+fn a_program_may_take_longer_than_the_timeout() {
+    let home = Home::new();
+    let options = ["exec", "--trial", "100ms", "--ready-timeout", "700ms", "--listen", "http=127.0.0.1:0"];
+    let mut command = home.logged(HANDOVER, &options);
+    command.args(["--ready", "notify", "--"]).arg(plain()).env("PLAIN", "notify,extend=1500");
+    let server = Server::run(home, command);
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    let killed = server.worker_pids()[0];
+    server.signal(killed, Signal::SIGKILL);
+    eventually("another worker that serves", || {
+        let worker = server.workers().pop()?;
+        (worker.pid != Some(killed) && worker.state == State::Serving).then(|| assert_eq!(worker.crashes, 1))
+    });
 }
 
 #[test]
