@@ -64,13 +64,16 @@ pub(super) fn own_signals(hangup: Hangup) -> Signals {
 }
 
 impl Supervisor {
+    /// Not to those that start up: they may have no handler yet, and would end.
     pub(super) fn forward_signals(&mut self) -> bool {
         let caught = self.forwarded.take();
         for signal in &caught {
             log::info!("{signal} is passed on");
-            for worker in self.workers.values() {
-                // ESRCH: it has just ended.
-                let _ = kill(worker.pid, *signal);
+            for (id, worker) in &self.workers {
+                if self.machine.worker(*id).is_some_and(|seen| !seen.is_starting()) {
+                    // ESRCH: it has just ended.
+                    let _ = kill(worker.pid, *signal);
+                }
             }
         }
         !caught.is_empty()

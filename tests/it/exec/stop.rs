@@ -96,6 +96,17 @@ fn signals_for_the_program_reach_it() {
     }
 }
 
+/// The log files are rotated in the middle of an upgrade.
+#[test]
+fn a_signal_for_the_program_does_not_end_one_that_has_no_handler_yet() {
+    let server = exec(&[]);
+    let mut upgrade = server.begin_upgrade(&["--env", "PLAIN=hang", "--ready-timeout", "2s"]);
+    upgrade.wait_for_line("spawned");
+    server.signal(server.first_pid(), Signal::SIGUSR1);
+    eventually("the signal", || (server.get("/signals") == "0 1").then_some(()));
+    upgrade.finish().exits_with(1).complains("was not ready in time");
+}
+
 /// A terminal sends ^C to every process of its foreground group; the workers are not in it.
 #[test]
 fn workers_have_groups_of_their_own() {
