@@ -317,15 +317,18 @@ class NewSide:
         state = None if self.offer.state is None else (self.offer.state_version, self.offer.state)
         server = GatedServer(self.offer.generation, state)
         for listener in self.offer.listeners:
-            if not self.keeps(listener):
-                listener.sock.close()
-                if listener.path is not None:
-                    unlink_if_still(listener.address, listener.path)
-            elif is_accepted_on(listener):
+            if self.keeps(listener) and is_accepted_on(listener):
                 server.add(listener.name, listener.sock)
         for name, sock in self.added:
             server.add(name, sock)
         return server
+
+    def let_go_of_unclaimed(self) -> None:
+        for listener in self.offer.listeners:
+            if not self.keeps(listener) and listener.sock.fileno() >= 0:
+                listener.sock.close()
+                if listener.path is not None:
+                    unlink_if_still(listener.address, listener.path)
 
     def serve_until_told(self, server: GatedServer) -> int:
         try:
@@ -334,6 +337,9 @@ class NewSide:
                 if frame is not None:
                     report("new", "settled")
                     self.drop_channel()
+                if self.channel is None:
+                    # The old process does not accept again.
+                    self.let_go_of_unclaimed()
         except ToldToStop:
             self.send(Kind.STOPPING, {})
             report("new", "stopping")

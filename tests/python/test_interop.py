@@ -610,7 +610,7 @@ class RustNewIsPushed(InteropCase):
         path = self.path("app.sock")
         old = self.push("--unix", path)
         self.assert_handed_over(old)
-        self.assertFalse(os.path.exists(path))
+        wait_until(lambda: not os.path.exists(path))
 
     def test_more_listeners_than_one_message_carries(self) -> None:
         old = self.push("--extra", "300", "--state", "01")

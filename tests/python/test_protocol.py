@@ -470,7 +470,7 @@ class Push(ProcessCase):
         ready = old.log.wait("old", "ready")
         self.assertEqual((ready["kept"], ready["added"], ready["unclaimed"]), (["http"], ["more"], ["unix"]))
         self.assert_served_by(2, old.child(), added)
-        self.assertFalse(os.path.exists(self.path("app.sock")))
+        wait_until(lambda: not os.path.exists(self.path("app.sock")))
 
     def test_a_name_moves_to_another_address(self) -> None:
         path, moved = self.path("app.sock"), self.path("moved.sock")
@@ -479,7 +479,7 @@ class Push(ProcessCase):
         ready = old.log.wait("old", "ready")
         self.assertEqual((ready["kept"], ready["added"], ready["unclaimed"]), (["http"], ["unix"], ["unix"]))
         self.assert_served_by(2, old.child(), moved)
-        self.assertFalse(os.path.exists(path))
+        wait_until(lambda: not os.path.exists(path))
 
     def test_starting_keeps_a_slow_new_process_alive(self) -> None:
         # Together the steps take longer than the timeout, each of them less.
