@@ -185,16 +185,9 @@ title() {
 
 # What runs beside the others has ended, or is not needed any more.
 end_beside() {
-    [[ -n $beside ]] || return 0
     if kill "$beside" 2>/dev/null; then wait "$beside" || true; fi
     cat "$beside_log"
     rm -f "$beside_log"
-    beside=''
-}
-
-# It has ended long ago as a rule, and its number may be another's.
-end_build() {
-    if jobs -pr | grep -qx "$building"; then kill "$building"; fi
 }
 
 install_missing
@@ -202,8 +195,7 @@ able=()
 for part in "${parts[@]}"; do
     if can_run "$part"; then able+=("$part"); fi
 done
-beside='' building=''
-trap 'end_beside; end_build' EXIT
+beside=''
 for part in "${able[@]}"; do
     begun=$SECONDS
     title "$part"
@@ -213,16 +205,13 @@ for part in "${able[@]}"; do
         beside_log=$(mktemp "${TMPDIR:-/tmp}/handover-fleet.XXXXXX")
         scripts/fleet-test.sh >"$beside_log" 2>&1 &
         beside=$!
-        # What the last parts run is built meanwhile.
-        if [[ " ${able[*]} " =~ ' '(demo|load|soak)' ' ]]; then
-            nice -n 19 cargo build --quiet --release --features axum --bins --examples >/dev/null 2>&1 &
-            building=$!
-        fi
+        trap end_beside EXIT
     fi
     if [[ $part == fleet && -n $beside ]]; then
         failed=0
         wait "$beside" || failed=$?
         end_beside
+        trap - EXIT
         ((failed == 0)) || exit "$failed"
     else
         # Not in a condition, where a failure inside would be passed over.
