@@ -1,5 +1,6 @@
 //! One upgrade as the old process sees it: the new process, the channel to it, who asked, and how it is told.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -19,6 +20,9 @@ use crate::protocol::{Claims, OfferedListener};
 use crate::upgrade::stderr::StderrTail;
 use crate::upgrade::{Failure, Origin};
 use crate::{reap, sys};
+
+/// More threads of a new process are not looked at.
+const THREADS_MAX: usize = 1024;
 
 /// Who asked for an upgrade, and is told how it went.
 pub(super) enum Requester {
@@ -172,6 +176,11 @@ impl Process {
         self.is_child && stands_still(self.pid)
     }
 
+    /// Whether a thread of it could run and is not let. What it has not come to do yet is no fault of its own then.
+    pub(super) fn waits_for_a_processor(&self) -> bool {
+        self.is_child && waits_for_a_processor(self.pid)
+    }
+
     pub(super) fn kill(&self) {
         // ESRCH: it is gone already. EPERM: it pulled, as another user.
         let _ = sys::pidfd_send_signal(self.pidfd.as_fd(), Signal::SIGKILL);
@@ -193,6 +202,12 @@ impl Process {
 /// Whether a process is stopped, by SIGSTOP or a terminal.
 pub(crate) fn stands_still(pid: Pid) -> bool {
     state_of(pid.as_raw()) == Some('T')
+}
+
+fn waits_for_a_processor(pid: Pid) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten().take(THREADS_MAX);
+    let numbers = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
+    numbers.filter_map(state_of).any(|state| state == 'R')
 }
 
 impl AsFd for Process {
@@ -218,5 +233,37 @@ impl Report {
     pub(super) fn is_complete(&mut self) -> bool {
         let ended = self.process.as_mut().is_none_or(|process| process.exit().is_some());
         ended && self.stderr.as_ref().is_none_or(StderrTail::ended)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command, Stdio};
+
+    fn shell(script: &str) -> (Child, Pid) {
+        let child = Command::new("sh").args(["-c", script]).stdin(Stdio::piped()).spawn().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed());
+        (child, pid)
+    }
+
+    fn until(condition: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !condition() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn one_that_could_run_is_told_from_one_that_waits() {
+        let ((mut busy, busy_pid), (mut idle, idle_pid)) = (shell("while :; do :; done"), shell("read line"));
+        until(|| state_of(idle_pid.as_raw()) == Some('S') && !waits_for_a_processor(idle_pid));
+        until(|| waits_for_a_processor(busy_pid));
+        for child in [&mut busy, &mut idle] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        assert!(!waits_for_a_processor(busy_pid));
     }
 }

@@ -34,6 +34,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 /// trial; and how often that is looked at beyond the trial.
 const NOT_ACCEPTING_AFTER: Duration = Duration::from_secs(1);
 const NOT_ACCEPTING_INTERVAL: Duration = Duration::from_millis(10);
+/// The same for one that does not get a processor.
+const STARVED_MAX: Duration = Duration::from_secs(5);
 
 impl Engine {
     /// A trigger has come.
@@ -274,10 +276,9 @@ impl Engine {
             return;
         }
         let cause = self.why_it_does_not_serve();
-        let committed = self.attempt.as_ref().and_then(|attempt| attempt.committed);
         match cause {
             // On a busy machine clients wait that long for a good build too.
-            Some(_) if committed.is_some_and(|committed| committed.elapsed() < NOT_ACCEPTING_AFTER) => {
+            Some(_) if self.may_still_come_to_accept() => {
                 self.timers.trial = Some(Instant::now() + NOT_ACCEPTING_INTERVAL);
             }
             Some(cause) => {
@@ -286,6 +287,15 @@ impl Engine {
             }
             None => self.tell_old_side(Event::TimedOut(Timer::Trial)),
         }
+    }
+
+    fn may_still_come_to_accept(&self) -> bool {
+        let Some(attempt) = &self.attempt else { return false };
+        let is_starved = || attempt.process.as_ref().is_some_and(Process::waits_for_a_processor);
+        attempt
+            .committed
+            .map(|committed| committed.elapsed())
+            .is_some_and(|since| since < NOT_ACCEPTING_AFTER || since < STARVED_MAX && is_starved())
     }
 
     fn why_it_does_not_serve(&mut self) -> Option<String> {
