@@ -146,7 +146,13 @@ impl Registered {
 
 #[allow(deprecated, reason = "an `Arc<OwnedFd>` keeps its fd open, which is what the constructor cannot know")]
 fn register(fd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
-    AsyncFd::with_interest(fd, Interest::READABLE)
+    match AsyncFd::with_interest(Arc::clone(&fd), Interest::READABLE) {
+        // Another task of this runtime waits on it, and epoll knows a socket by its number.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            AsyncFd::with_interest(Arc::new(fd.try_clone()?), Interest::READABLE)
+        }
+        registered => registered,
+    }
 }
 
 /// A TCP listener for tokio; from [`Handover::tcp`](crate::Handover::tcp).
@@ -383,6 +389,29 @@ mod tests {
             assert!(called.elapsed() >= linger);
             tokio::time::sleep(linger).await;
         }
+    }
+
+    /// A loop for each processor, or an accept beside another.
+    #[tokio::test]
+    async fn two_tasks_accept_on_one_listener() {
+        let config = Config::default().without_control_socket().signals(Signals::none());
+        let handover = Handover::start(config).unwrap();
+        let listener = handover.tcp("http", "127.0.0.1:0").unwrap();
+        let address = listener.local_addr();
+        let (mut one, mut other) = (super::TcpListener::new(listener.clone()), super::TcpListener::new(listener));
+        handover.ready_async().await.unwrap();
+        let connect = async || {
+            // When both wait for it.
+            tokio::task::yield_now().await;
+            (TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap())
+        };
+        let (first, second, clients) = tokio::join!(one.accept(), other.accept(), connect());
+        let (first, second) = (first.unwrap().unwrap().1, second.unwrap().unwrap().1);
+        let mut peers = [first, second];
+        let mut wanted = [clients.0.local_addr().unwrap(), clients.1.local_addr().unwrap()];
+        peers.sort();
+        wanted.sort();
+        assert_eq!(peers, wanted);
     }
 
     /// As in the example of `lingered`.
