@@ -10,7 +10,7 @@
 mod rolling;
 mod slots;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -359,9 +359,8 @@ impl Machine {
 
     /// How many older generations drain, or how many workers in one slot: builds that have failed leave some as well.
     fn draining(&self) -> usize {
-        let mut older: Vec<u64> =
+        let older: BTreeSet<u64> =
             self.workers.values().map(|worker| worker.generation).filter(|one| *one < self.generation).collect();
-        older.dedup();
         let mut in_slots = BTreeMap::new();
         for worker in self.workers.values().filter(|worker| !worker.is_up()) {
             *in_slots.entry(worker.slot).or_default() += 1;

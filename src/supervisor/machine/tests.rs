@@ -141,6 +141,26 @@ fn a_second_upgrade_meanwhile_is_refused_and_so_are_too_many_that_drain() {
     assert_eq!(driven.spawned().len(), 1);
 }
 
+/// A worker that is started again in the middle of an upgrade comes after the new ones, and is of the old generation still.
+#[test]
+fn a_generation_that_drains_is_counted_once() {
+    let mut driven = Driven::serving(2);
+    let at_once = Order { trial: Duration::ZERO, ..order() };
+    driven.tell(Event::Upgrade(at_once));
+    driven.tell(Event::Exited(1));
+    assert_eq!(driven.spawned(), [(4, 1, Build::Committed)]);
+    driven.tell(Event::Ready(2));
+    driven.tell(Event::Ready(3));
+    for id in [5, 7] {
+        driven.tell(Event::Upgrade(at_once));
+        driven.tell(Event::Ready(id));
+        driven.tell(Event::Ready(id + 1));
+    }
+    assert_eq!(driven.machine.generation(), 4);
+    driven.tell(Event::Upgrade(at_once));
+    assert_eq!(driven.spawned().len(), 2);
+}
+
 /// Each leaves a worker that has clients by then, of the same generation as the next.
 #[test]
 fn too_many_that_failed_and_still_drain_are_too_many_as_well() {
