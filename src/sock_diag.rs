@@ -1,8 +1,12 @@
-//! What only `sock_diag(7)` knows: the accept queue of a Unix listener, and the open connections of other processes.
+//! What `sock_diag(7)` knows: the accept queue of a Unix listener, and the open connections of other processes.
 
 #[cfg(feature = "cli")]
 use std::collections::HashSet;
+#[cfg(feature = "cli")]
+use std::fs::File;
 use std::io;
+#[cfg(feature = "cli")]
+use std::io::{BufRead, BufReader};
 #[cfg(feature = "cli")]
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -37,6 +41,12 @@ fn netlink() -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// Those that a process can hold: established, and on the way to be closed (`TCP_ESTABLISHED`, `TCP_FIN_WAIT1`,
+/// `TCP_FIN_WAIT2`, `TCP_CLOSE_WAIT`, `TCP_LAST_ACK`, `TCP_CLOSING`). Named one by one: for one state more, that of sockets
+/// which are bound alone (13, Linux 6.8), the kernel takes the lock of every port there is, and waits for all who connect.
+#[cfg(feature = "cli")]
+const STATES: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
+
 /// Inodes of the connections of whatever process to the ports of `listeners`. Asked once for each family: the kernel looks
 /// through all of its sockets each time.
 #[cfg(feature = "cli")]
@@ -46,18 +56,37 @@ pub(crate) fn tcp_connections(listeners: &[SocketAddr]) -> io::Result<HashSet<u6
         let of_family = listeners.iter().filter(|listener| listener.is_ipv4() == (family == libc::AF_INET));
         let ports: HashSet<u16> = of_family.map(SocketAddr::port).collect();
         if !ports.is_empty() {
-            dump_connections(family, &ports, &mut found)?;
+            // A service may have no such socket (`RestrictAddressFamilies=` of systemd), nor every kernel the module for it.
+            dump_connections(family, &ports, &mut found).or_else(|_| read_connections(family, &ports, &mut found))?;
         }
     }
     Ok(found)
 }
 
+/// The same from `proc_pid_net(5)`, for which the kernel writes many times as much.
+#[cfg(feature = "cli")]
+fn read_connections(family: i32, ports: &HashSet<u16>, found: &mut HashSet<u64>) -> io::Result<()> {
+    let table = if family == libc::AF_INET { "/proc/self/net/tcp" } else { "/proc/self/net/tcp6" };
+    for line in BufReader::new(File::open(table)?).lines() {
+        found.extend(inode_of_line(&line?, ports));
+    }
+    Ok(())
+}
+
+#[cfg(feature = "cli")]
+fn inode_of_line(line: &str, ports: &HashSet<u16>) -> Option<u64> {
+    // sl local_address rem_address st queues timer retrnsmt uid timeout inode
+    let mut fields = line.split_ascii_whitespace().skip(1);
+    let (_, port) = fields.next()?.rsplit_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let state = u32::from_str_radix(fields.nth(1)?, 16).ok()?;
+    let is_held = 1_u32.checked_shl(state).is_some_and(|state| state & STATES != 0);
+    let inode = fields.nth(5)?.parse().ok()?;
+    (is_held && ports.contains(&port) && inode != 0).then_some(inode)
+}
+
 #[cfg(feature = "cli")]
 fn dump_connections(family: i32, ports: &HashSet<u16>, found: &mut HashSet<u64>) -> io::Result<()> {
-    /// Those that a process can hold: established, and on the way to be closed (`TCP_ESTABLISHED`, `TCP_FIN_WAIT1`,
-    /// `TCP_FIN_WAIT2`, `TCP_CLOSE_WAIT`, `TCP_LAST_ACK`, `TCP_CLOSING`). Named one by one: for one state more, that of sockets
-    /// which are bound alone (13, Linux 6.8), the kernel takes the lock of every port there is, and waits for all who connect.
-    const STATES: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
     const NLM_F_DUMP: u16 = 0x300;
     const DUMP_BYTES: u32 = 72;
     let mut request = Vec::with_capacity(DUMP_BYTES as usize);
@@ -146,6 +175,9 @@ pub(crate) fn fuzz(bytes: &[u8]) {
         let mut none = HashSet::new();
         let _ = add_inodes(bytes, &HashSet::new(), &mut none);
         assert!(none.is_empty());
+        let line = String::from_utf8_lossy(bytes);
+        let inode = inode_of_line(&line, &HashSet::from([80, 443, 8080, 8081]));
+        assert!(inode != Some(0) && inode_of_line(&line, &HashSet::new()).is_none());
     }
 }
 
@@ -171,10 +203,48 @@ mod tests {
             let Ok(listener) = TcpListener::bind(address) else { continue };
             let at = listener.local_addr().unwrap();
             let inode = |socket: &TcpStream| nix::sys::stat::fstat(socket).unwrap().st_ino;
-            assert_eq!(tcp_connections(&[at]).unwrap(), HashSet::new());
-            let _client = TcpStream::connect(at).unwrap();
+            let family = if at.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+            let read = || {
+                let mut found = HashSet::new();
+                read_connections(family, &HashSet::from([at.port()]), &mut found).unwrap();
+                found
+            };
+            assert_eq!((tcp_connections(&[at]).unwrap(), read()), (HashSet::new(), HashSet::new()));
+            let client = TcpStream::connect(at).unwrap();
             let (accepted, _) = listener.accept().unwrap();
-            assert_eq!(tcp_connections(&[at]).unwrap(), HashSet::from([inode(&accepted)]));
+            let open = HashSet::from([inode(&accepted)]);
+            assert_eq!((tcp_connections(&[at]).unwrap(), read()), (open.clone(), open.clone()));
+            // Its other side is closed, and it is not.
+            drop(client);
+            assert_eq!((tcp_connections(&[at]).unwrap(), read()), (open.clone(), open));
+        }
+    }
+
+    #[test]
+    #[cfg(feature = "cli")]
+    fn lines_that_are_no_connection_are_passed_over() {
+        let ports = HashSet::from([8080]);
+        let of = |line: &str| inode_of_line(line, &ports);
+        let line = |local, state, inode| {
+            format!(
+                "   1: {local} 0100007F:D431 {state} 00000000:00000000 00:00000000 00000000     0        0 {inode} 1 ffff"
+            )
+        };
+        assert_eq!(of(&line("0100007F:1F90", "01", "77")), Some(77));
+        assert_eq!(of(&line("00000000000000000000000001000000:1F90", "08", "77")), Some(77));
+        for (local, state, inode) in [
+            ("0100007F:1F91", "01", "77"), // another port
+            ("0100007F:1F90", "0A", "77"), // it listens
+            ("0100007F:1F90", "03", "77"), // nobody's yet
+            ("0100007F:1F90", "01", "0"),  // nobody's any more
+            ("0100007F:1F90", "FFFFFFFF", "77"),
+            ("1F90", "01", "77"),
+        ] {
+            assert_eq!(of(&line(local, state, inode)), None, "{local} {state} {inode}");
+        }
+        let whole = line("0100007F:1F90", "01", "77");
+        for end in 0..whole.find(" 77").unwrap() {
+            assert_eq!(of(&whole[..end]), None, "{end}");
         }
     }
 

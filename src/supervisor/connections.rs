@@ -54,7 +54,7 @@ fn connections_to(addresses: &[Address]) -> HashSet<u64> {
     }
     match tcp_connections(&tcp) {
         Ok(connections) => found.extend(connections),
-        Err(error) => log::debug!("cannot count the TCP connections: {error}"),
+        Err(error) => log::warn!("cannot count the TCP connections, and takes them for none: {error}"),
     }
     if !paths.is_empty() {
         let table = fs::read("/proc/self/net/unix").unwrap_or_default();

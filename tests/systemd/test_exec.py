@@ -68,6 +68,16 @@ class Exec(ServiceCase):
         self.assertTrue(request.end().answer.startswith("gen=1 "))
         self.assertEqual(service.show("Result"), "success")
 
+    def test_connections_are_counted_where_netlink_is_denied(self) -> None:
+        families = "Type=notify\nRestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX"
+        service = self.supervised(("Type=notify", families), ("--trial 300ms", "--trial 300ms --drain-timeout 500ms"))
+        request = InFlight(60.0)
+        wait_for("the request is counted", lambda: service.status()["connections"]["open"] == 1)
+        stopped = run(HANDOVER, "stop", "--pid", str(service.main_pid()), check=False)
+        self.assertEqual(stopped.returncode, 5, stopped)
+        self.assertIn("1 connection was closed before it had ended", stopped.stderr)
+        request.end()
+
     def test_the_supervisor_is_replaced_and_stays_the_main_process(self) -> None:
         service = self.supervised()
         main, workers = service.main_pid(), self.workers(service)
