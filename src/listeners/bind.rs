@@ -39,7 +39,7 @@ pub(super) fn bind(wanted: &Wanted<'_>) -> Result<Bound, Error> {
     let stream = matches!(wanted.kind, Kind::Tcp | Kind::Unix);
     // `Socket::new` sets CLOEXEC in the same call.
     let socket = Socket::new(domain, if stream { Type::STREAM } else { Type::DGRAM }, None).map_err(failed)?;
-    let prepare = || -> io::Result<(Address, u64, Option<PathIdentity>)> {
+    let bind = || -> io::Result<()> {
         socket.set_nonblocking(true)?;
         if let WantedOptions::Tcp(options) = &wanted.options {
             socket.set_reuse_address(options.reuse_address)?;
@@ -48,19 +48,33 @@ pub(super) fn bind(wanted: &Wanted<'_>) -> Result<Bound, Error> {
                 socket.set_only_v6(only_v6)?;
             }
         }
-        socket.bind(&address)?;
-        let mut path_identity = None;
-        if let (Address::Path(path), WantedOptions::Unix(options)) = (&wanted.address, &wanted.options) {
-            path_identity = Some(identity_of(path)?);
-            set_mode_and_owner(path, options)?;
+        socket.bind(&address)
+    };
+    bind().map_err(failed)?;
+    let path = match &wanted.address {
+        Address::Path(path) => Some((path, identity_of(path).map_err(failed)?)),
+        _ => None,
+    };
+    let prepare = || -> Result<(Address, u64), Error> {
+        if let (Some((path, _)), WantedOptions::Unix(options)) = (&path, &wanted.options) {
+            set_mode_and_owner(path, options).map_err(|error| {
+                let denied = error.kind() == io::ErrorKind::PermissionDenied;
+                let error = Error::io(format!("set the mode and owner of {}", path.display()), error);
+                if denied {
+                    error.mend("to give it to another user, or to a group that is not one's own, needs CAP_CHOWN")
+                } else {
+                    error
+                }
+            })?;
         }
         if let Some(backlog) = wanted.backlog() {
-            listen(socket.as_fd(), backlog)?;
+            listen(socket.as_fd(), backlog).map_err(failed)?;
         }
-        Ok((Address::of(socket.as_fd())?, socket.cookie()?, path_identity))
+        Ok((Address::of(socket.as_fd()).map_err(failed)?, socket.cookie().map_err(failed)?))
     };
-    let (address, cookie, path) = prepare().map_err(failed)?;
-    Ok(Bound { fd: socket.into(), address, cookie, path })
+    let prepared = prepare().inspect_err(|_| path.iter().for_each(|(path, identity)| unlink_if_ours(path, *identity)));
+    let (address, cookie) = prepared?;
+    Ok(Bound { fd: socket.into(), address, cookie, path: path.map(|(_, identity)| identity) })
 }
 
 pub(super) fn listen(socket: BorrowedFd<'_>, backlog: u32) -> io::Result<()> {

@@ -189,6 +189,23 @@ fn a_stale_unix_path_is_replaced_one_that_answers_or_is_no_socket_is_not() {
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
 }
 
+/// Somebody who may bind, and not give the socket away. This thread alone is anybody else.
+#[test]
+fn a_path_is_not_left_behind_where_its_owner_cannot_be_set() {
+    let directory = Directory::new("unix-owner");
+    std::fs::set_permissions(&directory.0, std::fs::Permissions::from_mode(0o777)).unwrap();
+    if nix::unistd::geteuid().is_root() {
+        nix::unistd::setfsuid(nix::unistd::Uid::from_raw(65534));
+    }
+    let (mut listeners, gate) = (Listeners::new(vec![], true), gate());
+    let path = directory.0.join("s");
+    let claimed = listeners.claim(&unix("s", &path, UnixOptions::default().owner(Some(0), None)), &gate).map(drop);
+    nix::unistd::setfsuid(nix::unistd::geteuid());
+    let error = claimed.unwrap_err();
+    assert!(error.to_string().contains("CAP_CHOWN"), "{error}");
+    assert!(std::fs::symlink_metadata(&path).is_err(), "it is still there");
+}
+
 #[test]
 fn abstract_and_dual_stack_addresses_are_read_back() {
     let (mut listeners, gate) = (Listeners::new(vec![], true), gate());
