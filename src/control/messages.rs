@@ -92,7 +92,6 @@ impl UpgradeRequest {
         self.ready_timeout_ms.map(Duration::from_millis)
     }
 
-    #[cfg(feature = "cli")]
     pub(crate) fn ready_delay(&self) -> Option<Duration> {
         self.ready_delay_ms.map(Duration::from_millis)
     }

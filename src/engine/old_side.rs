@@ -53,6 +53,10 @@ impl Engine {
             }
             return self.answer(requester, refusal);
         }
+        if request.ready_delay().is_some() {
+            let message = "--ready-delay is for a program under `handover exec`: this one says itself when it is ready";
+            return self.answer(requester, ResultEvent::new(Outcome::BadRequest, message));
+        }
         if let Some(refusal) = self.refuse_restart().filter(|_| origin == Origin::Restart) {
             return self.answer(requester, refusal);
         }

@@ -106,6 +106,19 @@ fn wrong_usage() {
     handover(&["no-such-verb"]).exits_with(2);
 }
 
+/// It would do nothing: a server with the library says when it is ready.
+#[test]
+fn a_delay_is_refused_where_the_program_says_that_it_is_ready() {
+    let server = Server::http();
+    for verb in ["upgrade", "restart"] {
+        server
+            .handover(&[verb, "--ready-delay", "1s", "--pid", &server.pid().to_string()])
+            .exits_with(2)
+            .complains("--ready-delay is for a program under `handover exec`");
+    }
+    assert_eq!(server.generation(), 1);
+}
+
 #[test]
 fn the_stages_of_an_upgrade_in_their_order() {
     let server = Server::http();
