@@ -208,10 +208,14 @@ at_most_drain() {
     (($(in_list draining | wc -l) <= $1))
 }
 
-# Whether no upgrade is under way: of the process that was asked, which may have gone, nor of its successors.
+# Whether no upgrade is under way: of the process that was asked, which may have gone, nor of its successors, of which two may
+# have come at once. In its trial the new one says that it serves, and the one before it that there is a trial.
 is_over() {
-    local pid before=$main
-    for pid in "$serving" "$main"; do
+    local pid before=$main older=()
+    if ! is_supervised; then
+        for pid in $(in_list draining); do older+=("$(seen_from_here "$pid")"); done
+    fi
+    for pid in "$serving" "${older[@]}" "$main"; do
         [[ ! $(status "$pid" 2>/dev/null) =~ \"state\":\"(upgrading|trial)\" ]] || return 1
     done
     find_main
