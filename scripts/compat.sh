@@ -35,8 +35,8 @@ if [[ ! -x $earlier/examples/fixture ]]; then
     # Not a worktree: that would be written down in the repository.
     git archive "$commit" | tar -x -C "$source"
     printf 'Building %s\n' "$(git log -1 --format='%h %s' "$commit")"
-    # One directory for whatever is built, so that the dependencies that are the same are built once.
-    CARGO_TARGET_DIR="$target/compat/target" cargo build --quiet --all-features --bins --example fixture \
+    # What comes of it stands apart; the dependencies that are the same are built once (Cargo 1.91 and later).
+    CARGO_BUILD_BUILD_DIR="$target" CARGO_TARGET_DIR="$target/compat/target" cargo build --quiet --all-features --bins --example fixture \
         --manifest-path "$source/Cargo.toml"
     mkdir -p "$earlier/examples"
     cp "$target/compat/target/debug/handover" "$earlier/"

@@ -14,7 +14,7 @@
 #            that bind their sockets by themselves], HANDOVER_LONG_ROUNDS=N of requests of 15 s [1]
 #   systemd  scripts/systemd-test.sh: the servers under a real systemd, in namespaces of its own
 #   fleet    scripts/fleet-test.sh: roll-outs to several machines with Ansible, in namespaces of their own
-#   demo     scripts/demo.sh
+#   demo     scripts/demo.sh; this and the next two with a debug build
 #   load     scripts/load.sh: 50 upgrades under load, in a network namespace of its own
 #   soak     scripts/soak.sh, a short one without systemd
 #
@@ -113,6 +113,12 @@ get_programs() {
     npm install --prefix "$programs" --no-audit --no-fund --loglevel error express@5.3.0 pm2@7.0.4 || true
 }
 
+# By themselves these scripts make a release build, of which nothing else here has a use.
+with_what_is_built() {
+    cargo build --quiet --all-features --examples --bins
+    HANDOVER_BUILT="$(target_directory)/debug" "$@"
+}
+
 run() {
     case $1 in
         shell)
@@ -157,9 +163,9 @@ run() {
             ;;
         systemd) scripts/systemd-test.sh ;;
         fleet) scripts/fleet-test.sh ;;
-        demo) scripts/demo.sh --upgrades 3 ;;
-        load) scripts/load.sh ;;
-        soak) scripts/soak.sh --rounds 6 --steps 3 library exec any ;;
+        demo) with_what_is_built scripts/demo.sh --upgrades 3 ;;
+        load) with_what_is_built scripts/load.sh ;;
+        soak) with_what_is_built scripts/soak.sh --rounds 6 --steps 3 library exec any ;;
     esac
 }
 
