@@ -13,12 +13,15 @@ use sendfd::SendWithFd;
 use crate::both::both;
 use crate::fault;
 use crate::protocol::{
-    FD_BYTE, FDS_PER_MESSAGE, HEADER_BYTES, Header, MANY, Malformed, Message, Offer, VERSIONS, Versions,
+    BODY_BYTES_MAX, FD_BYTE, FDS_PER_MESSAGE, HEADER_BYTES, Header, MANY, Malformed, Message, Offer, VERSIONS, Versions,
 };
 use crate::sys;
 
 /// What is read in one turn of the engine.
-pub(crate) const SHARE_BYTES: usize = 8192;
+const SHARE_BYTES: usize = 8192;
+
+/// As many of them as the longest frame has.
+pub(crate) const SHARES_MAX: usize = (HEADER_BYTES + BODY_BYTES_MAX).div_ceil(SHARE_BYTES);
 
 pub(crate) struct Channel {
     stream: UnixStream,
@@ -165,6 +168,11 @@ impl Channel {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Whether there is more to read now.
+    pub(crate) fn has_more(&self) -> bool {
+        crate::poll::wait(self.stream.as_fd(), PollFlags::POLLIN, Some(Instant::now())).unwrap_or(false)
     }
 
     /// Whether the last frame, whole or broken, says by its header that it is such a message.

@@ -12,20 +12,17 @@ use nix::unistd::Pid;
 
 use super::attempt::{Attempt, Process, Report, Requester};
 use super::{CUT_GRACE, Command, Engine, after};
-use crate::channel::{Broken, Channel, Received, SHARE_BYTES};
+use crate::channel::{Broken, Channel, Received, SHARES_MAX};
 use crate::control::messages::{Outcome, ResultEvent, UpgradeRequest, Wait};
 use crate::fault;
 use crate::listeners::Entry;
-use crate::protocol::{AdoptedListener, BODY_BYTES_MAX, HEADER_BYTES, Kind, Message, OfferedListener, VERSIONS};
+use crate::protocol::{AdoptedListener, Kind, Message, OfferedListener, VERSIONS};
 use crate::shared::{Drained, Shared};
 use crate::sys;
 use crate::upgrade::{Action, Event, Failure, Origin, Progress, Stage, Timer};
 
 /// How long the answer to commit may take, where the trial is over sooner.
 const ACCEPTING_PATIENCE: Duration = Duration::from_millis(500);
-
-/// As many shares of a turn as the longest frame has.
-const SHARES_MAX: usize = (HEADER_BYTES + BODY_BYTES_MAX).div_ceil(SHARE_BYTES);
 
 /// How long a new process may take to die, or to shut its gate where it cannot be killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -182,10 +179,7 @@ impl Engine {
         for _ in 0..SHARES_MAX {
             self.read_channel();
             let channel = self.attempt.as_ref().and_then(|attempt| attempt.channel.as_ref());
-            let more = channel.is_some_and(|channel| {
-                crate::poll::wait(channel.as_fd(), PollFlags::POLLIN, Some(Instant::now())).unwrap_or(false)
-            });
-            if !more {
+            if !channel.is_some_and(Channel::has_more) {
                 return;
             }
         }

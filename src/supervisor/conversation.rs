@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nix::poll::PollFd;
 
-use crate::channel::{Channel, Received, poll_fd};
+use crate::channel::{Channel, Received, SHARES_MAX, poll_fd};
 use crate::protocol::{Message, Offer, VERSIONS};
 use crate::upgrade::{Action, Event, Failure, Origin, Stage, Upgrade};
 
@@ -73,7 +73,22 @@ impl Conversation {
         self.upgrade.stage() != Stage::Starting
     }
 
-    /// All that has come. None: the channel is closed, by a program that has no use for it or that has ended.
+    /// All that it has said by now, and not only the share of one turn: what is decided next is decided by its last word. Bounded,
+    /// because it may never stop talking.
+    pub(super) fn hear_out(&mut self) -> Option<Vec<Heard>> {
+        let mut all = self.hear()?;
+        for _ in 1..SHARES_MAX {
+            if !self.channel.has_more() || matches!(all.last(), Some(Heard::Failed(_))) {
+                break;
+            }
+            // What came before the end counts.
+            let Some(heard) = self.hear() else { break };
+            all.extend(heard);
+        }
+        Some(all)
+    }
+
+    /// What has come, a share of it in each turn. None: the channel is closed, by a program that has no use for it or that has ended.
     pub(super) fn hear(&mut self) -> Option<Vec<Heard>> {
         let mut heard = Vec::new();
         loop {
@@ -236,6 +251,21 @@ mod tests {
         is_told(&mut worker, "commit");
         conversation.settle();
         is_told(&mut worker, "settled");
+    }
+
+    #[test]
+    fn a_worker_with_much_to_say_is_heard_out() {
+        let (mut conversation, mut worker) = conversation();
+        says(&mut worker, adopted());
+        let reason = "x".repeat(1000);
+        for _ in 0..50 {
+            says(&mut worker, Message::Starting { reason: reason.clone() });
+        }
+        says(&mut worker, Message::Ready(Claims::default()));
+        let heard = conversation.hear_out().unwrap();
+        assert_eq!((heard.len(), heard.last()), (52, Some(&Heard::Ready)));
+        drop(worker);
+        assert!(conversation.hear_out().is_none());
     }
 
     #[test]

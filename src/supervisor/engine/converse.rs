@@ -21,9 +21,13 @@ impl Supervisor {
     }
 
     pub(super) fn read_conversation(&mut self, id: WorkerId) {
+        self.converse(id, Conversation::hear);
+    }
+
+    fn converse(&mut self, id: WorkerId, hear: fn(&mut Conversation) -> Option<Vec<Heard>>) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let Some(conversation) = &mut worker.conversation else { return };
-        let Some(heard) = conversation.hear() else {
+        let Some(heard) = hear(conversation) else {
             worker.conversation = None;
             return;
         };
@@ -40,7 +44,7 @@ impl Supervisor {
                 worker.read_notify();
                 worker.read_channel();
             }
-            self.read_conversation(id);
+            self.converse(id, Conversation::hear_out);
         }
     }
 
