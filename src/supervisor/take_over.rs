@@ -105,10 +105,14 @@ impl TakenOver {
 
     /// With everything that it has started.
     pub(super) fn kill(&self) {
+        let descendants = family::of(self.pid).into_iter().filter(|pid| *pid != self.pid);
+        let descendants: Vec<(Pid, OwnedFd)> =
+            descendants.filter_map(|pid| Some((pid, sys::pidfd_open(pid).ok()?))).collect();
+        // A number that is still one of them is not another program's, and neither is what was opened by it.
         let family = family::of(self.pid);
         let _ = sys::pidfd_send_signal(self.process.as_fd(), Signal::SIGKILL);
-        for pid in family.into_iter().filter(|pid| *pid != self.pid) {
-            let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
+        for (_, process) in descendants.iter().filter(|(pid, _)| family.contains(pid)) {
+            let _ = sys::pidfd_send_signal(process.as_fd(), Signal::SIGKILL);
         }
     }
 }
