@@ -1,5 +1,8 @@
 //! A server that runs already.
 
+use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
+
 use super::*;
 
 /// Also has what clients have: sockets that the kernel bound when they sent, or asked for a name.
@@ -145,6 +148,30 @@ fn a_running_server_is_taken_over() {
     assert_eq!(server.sockets().len(), 3);
     let beside = fs::read_dir(path.parent().unwrap()).unwrap().flatten().map(|entry| entry.file_name());
     assert_eq!(beside.filter(|name| name.to_string_lossy().contains("app.sock")).count(), 1);
+}
+
+/// It does not listen to its signal, and what serves is a process that it has started.
+#[test]
+fn a_server_that_does_not_end_is_killed_with_what_it_has_started() {
+    let home = Home::new();
+    let (at, plain) = (own_address(), plain());
+    let address = at.to_string();
+    let plain = plain.to_str().unwrap();
+    let script = format!("trap '' TERM; {plain} epoll {address} & wait");
+    let mut old = home.logged("sh", &["-c", &script]).env("HANDOVER_GENERATION", "0").spawn().unwrap();
+    let mut idle = eventually("the server", || TcpStream::connect(at).ok());
+    idle.set_read_timeout(Some(LONG)).unwrap();
+    let options = ["--take-over", &old.id().to_string(), "--drain-timeout", "300ms"];
+    let server = exec_in(home, &options, &[plain, "epoll", &address]);
+    assert_eq!(old.wait().unwrap().signal(), Some(libc::SIGKILL));
+    match idle.read(&mut [0]) {
+        Ok(0) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {}
+        other => panic!("its child lives: {other:?}"),
+    }
+    eventually("its end to be seen", || server.home.log().contains("has taken its place").then_some(()));
+    assert!(server.home.log().contains("is killed, with 1 connections"), "{}", server.home.log());
+    assert_eq!(ask(at, "/").answerer().generation, 1);
 }
 
 #[test]
