@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::task::coop::poll_proceed;
 
 use crate::connections::Connection;
 use crate::gate::{GateState, Taken};
@@ -90,7 +91,16 @@ impl Registered {
     }
 
     async fn take<R>(&mut self, mut attempt: impl FnMut(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<Option<R>> {
-        poll_fn(|context| self.poll_take(context, &mut attempt)).await
+        poll_fn(|context| {
+            // Where there is always something the socket itself is never waited on, which is where tokio would count.
+            let budget = ready!(poll_proceed(context));
+            let taken = self.poll_take(context, &mut attempt);
+            if taken.is_ready() {
+                budget.made_progress();
+            }
+            taken
+        })
+        .await
     }
 
     fn poll_take<R>(
@@ -371,6 +381,7 @@ mod tests {
 
     use super::*;
     use crate::config::{Config, Signals};
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[tokio::test]
     async fn lingering_begins_with_the_drain_or_the_call() {
@@ -412,6 +423,28 @@ mod tests {
         peers.sort();
         wanted.sort();
         assert_eq!(peers, wanted);
+    }
+
+    /// Of a runtime with one thread: what others do there must not wait for the end of a flood.
+    #[tokio::test]
+    async fn a_socket_that_always_has_something_lets_others_run() {
+        const COUNT: usize = 300;
+        let config = Config::default().without_control_socket().signals(Signals::none());
+        let handover = Handover::start(config).unwrap();
+        let mut listener = super::TcpListener::new(handover.tcp("http", "127.0.0.1:0").unwrap());
+        handover.ready_async().await.unwrap();
+        let clients: Vec<_> =
+            (0..COUNT).map(|_| std::net::TcpStream::connect(listener.local_addr()).unwrap()).collect();
+        let ran_after = Arc::new(AtomicUsize::new(COUNT));
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let (to, from) = (ran_after.clone(), accepted.clone());
+        let other = tokio::spawn(async move { to.store(from.load(Ordering::Relaxed), Ordering::Relaxed) });
+        for _ in &clients {
+            listener.accept().await.unwrap().unwrap();
+            accepted.fetch_add(1, Ordering::Relaxed);
+        }
+        other.await.unwrap();
+        assert!(ran_after.load(Ordering::Relaxed) < COUNT);
     }
 
     /// As in the example of `lingered`.
