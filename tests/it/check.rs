@@ -256,7 +256,8 @@ fn unit(home: &Home, more: &str) -> std::path::PathBuf {
     let program = fixture();
     let text = format!(
         "[Unit]\nDescription=x\n[Service]\nType=notify\nExecStart={} --tcp http=127.0.0.1:0\n\
-         ExecReload=handover upgrade --pid $MAINPID\nExecStop=-handover stop --pid $MAINPID\nRestart=always\n{more}",
+         ExecReload=handover upgrade --pid $MAINPID\nExecStop=-handover stop --pid $MAINPID\nRestart=always\n\
+         OOMPolicy=continue\n{more}",
         program.display()
     );
     home.file("app.service", text.as_bytes(), 0o644)

@@ -78,6 +78,30 @@ fn in_another_mount_and_network_namespace() {
     }
 }
 
+/// What is there for the command may be hidden from the process, and the other way around.
+#[test]
+fn check_looks_where_the_process_looks() {
+    if is_root_or_skip("a process in another mount namespace") {
+        let hidden = Home::new();
+        let here = hidden.copy_of_fixture("server");
+        let directory = here.parent().unwrap().display().to_string();
+        let prepare = format!("mount -t tmpfs none /run && mount -t tmpfs none {directory} && ");
+        let contained = Contained::start(&["-m", "-n"], &prepare);
+        let pid = contained.service(1).pid.to_string();
+        let check = |exe: &str| contained.handover(&["check", "--pid", &pid, "--exe", exe]);
+        let run = check(here.to_str().unwrap()).exits_with(1);
+        assert!(run.stdout.contains("is not there as the process sees it"), "{run:?}");
+        let there = format!("/proc/{pid}/root{directory}/script");
+        std::fs::write(&there, "#!/only/here\n").unwrap();
+        std::fs::set_permissions(&there, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let script = format!("{directory}/script");
+        let run = check(&script).exits_with(1);
+        assert!(run.stdout.contains("needs the interpreter /only/here, which does not exist"), "{run:?}");
+        std::fs::write(&there, format!("#!{directory}/script\n")).unwrap();
+        check(&script).exits_with(0).says("is a script for");
+    }
+}
+
 /// It is process 1 there, and its new build another number than here.
 #[test]
 fn in_another_pid_namespace() {

@@ -42,6 +42,7 @@ class Page(ServiceCase):
 
     def test_check_finds_what_the_page_warns_of(self) -> None:
         self.finds("warning +unit +ExecReload=.*kill -USR2", block="signal")
+        self.finds("warning +unit +OOMPolicy=stop", change=("OOMPolicy=continue", ""))
         changes = {
             "TimeoutStartSec=5s": ["problem +unit +TimeoutStartSec=5s"],
             "TimeoutStopSec=20s": ["warning +unit +TimeoutStopSec=20s"],

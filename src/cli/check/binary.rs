@@ -25,6 +25,14 @@ pub(super) fn check(program: &Path, process: Option<&Process>, run_version: bool
         Place::Here => program.to_path_buf(),
         Place::There(path) => path.clone(),
     };
+    if let (Place::There(there), true) = (&place, program.exists()) {
+        if !there.exists() {
+            return findings.problem(
+                format!("{named} is not there as the process sees it: that has a mount namespace of its own"),
+                "install it where the service sees it (PrivateTmp=, ProtectHome=, a container)",
+            );
+        }
+    }
     if let Err(error) = handover::check_program(&path) {
         return findings.failure(error.to_string());
     }
@@ -37,7 +45,10 @@ pub(super) fn check(program: &Path, process: Option<&Process>, run_version: bool
             format!("{named} is neither an ELF program nor a script that begins with `#!`"),
             "install it again",
         ),
-        Ok(Program::Script(interpreter)) => check_script(&named.to_string(), &interpreter, findings),
+        Ok(Program::Script(interpreter)) => {
+            let is_there = exists(&interpreter, process, &place);
+            check_script(&named.to_string(), &interpreter, is_there, findings);
+        }
         Ok(Program::Elf(elf)) => check_elf(&path, &named.to_string(), &elf, process, &place, findings),
     }
     if run_version {
@@ -61,7 +72,10 @@ enum Place {
 
 fn place(program: &Path, process: &Process) -> Place {
     let there = process.seen_by_it(program);
-    if same_file(program, &there) || !there.exists() { Place::Here } else { Place::There(there) }
+    // Another user's process may not be looked at.
+    let may_look = process.seen_by_it(Path::new("/")).exists();
+    let is_nowhere = !program.exists() && !there.exists();
+    if !may_look || is_nowhere || same_file(program, &there) { Place::Here } else { Place::There(there) }
 }
 
 /// By the permission bits, where this command runs as another user than the process.
@@ -91,8 +105,16 @@ fn may_execute(mode: u32, owner: u32, group: u32, uid: u32, groups: &[u32]) -> b
     mode & bit != 0
 }
 
-fn check_script(named: &str, interpreter: &Path, findings: &mut Findings) {
-    match interpreter.exists() {
+/// As the process sees it. An absolute link leads elsewhere from here, and is taken at its word.
+fn exists(path: &Path, process: Option<&Process>, place: &Place) -> bool {
+    match (place, process) {
+        (Place::There(_), Some(process)) => fs::symlink_metadata(process.seen_by_it(path)).is_ok(),
+        _ => path.exists(),
+    }
+}
+
+fn check_script(named: &str, interpreter: &Path, is_there: bool, findings: &mut Findings) {
+    match is_there {
         true => findings.ok(format!("{named} is a script for {}", interpreter.display())),
         false => findings.problem(
             format!("{named} needs the interpreter {}, which does not exist", interpreter.display()),
@@ -119,7 +141,7 @@ fn check_elf(path: &Path, named: &str, elf: &Elf, process: Option<&Process>, pla
     let Some(loader) = &elf.loader else {
         return findings.ok(format!("{named} is for {machine}, and static: it needs no library"));
     };
-    if !loader.exists() {
+    if !exists(loader, process, place) {
         return findings.problem(
             format!("{named} needs the dynamic loader {}, which does not exist", loader.display()),
             "build for this system, or statically",

@@ -37,9 +37,15 @@ impl ExecLine {
         Some(Self { program: program.into(), text: text.to_owned(), ignores_failure })
     }
 
+    /// Where that is told: systemd puts in what `%` stands for, and looks through directories for a name alone.
+    pub(super) fn path(&self) -> Option<&Path> {
+        let is_plain = self.program.is_absolute() && !self.program.as_os_str().as_encoded_bytes().contains(&b'%');
+        is_plain.then_some(&*self.program)
+    }
+
     /// One of ExecReload=.
-    pub(super) fn check_reload(&self, process: Option<&Process>, findings: &mut Findings) {
-        if self.program.is_absolute() && !self.program.exists() {
+    pub(super) fn check_reload(&self, sees_it: bool, process: Option<&Process>, findings: &mut Findings) {
+        if sees_it && self.path().is_some_and(|program| !program.exists()) {
             return findings
                 .problem(format!("ExecReload={}: there is no such program", self.program.display()), "mend the path");
         }

@@ -5,8 +5,8 @@ use std::process::Command;
 
 use super::bounded;
 
-const PROPERTIES: &str = "LoadState,Type,NotifyAccess,KillMode,ExecStart,ExecReload,ExecStop,Restart,\
-    TimeoutStartUSec,TimeoutStopUSec,WatchdogUSec,FileDescriptorStoreMax,MainPID,NeedDaemonReload";
+const PROPERTIES: &str = "LoadState,Type,NotifyAccess,KillMode,ExecStart,ExecReload,ExecStop,Restart,OOMPolicy,\
+    TimeoutStartUSec,TimeoutStopUSec,WatchdogUSec,FileDescriptorStoreMax,RootDirectory,RootImage,MainPID,NeedDaemonReload";
 
 /// The properties of a unit, some of them on several lines.
 #[derive(Debug, Default)]

@@ -1,6 +1,6 @@
 //! The systemd unit: would `systemctl reload` upgrade the service, and tell the truth about it?
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use handover::control::Target;
@@ -28,14 +28,20 @@ pub(super) struct Unit {
     reload: Vec<ExecLine>,
     stop: Vec<ExecLine>,
     restart: String,
+    /// Empty: systemd is too old to have it.
+    oom_policy: String,
     /// `None`: for ever.
     timeout_start: Option<Duration>,
     timeout_stop: Option<Duration>,
     watchdog: Option<Duration>,
     fd_store_max: usize,
+    /// Its programs are below another root, by this setting.
+    root: Option<&'static str>,
     main_pid: Option<i32>,
     is_stale: bool,
 }
+
+const ROOTS: [&str; 2] = ["RootDirectory", "RootImage"];
 
 impl Unit {
     /// From systemd if that runs and is meant, else from the unit's file.
@@ -71,6 +77,7 @@ impl Unit {
             named.unwrap_or(Some(DEFAULT_TIMEOUT)).filter(|time| !time.is_zero())
         };
         let lines = |name: &str| file.all(name).iter().filter_map(|line| ExecLine::of_file(line)).collect();
+        let delegates = file.one("Delegate").is_some_and(|value| !matches!(value, "no" | "false" | "off" | "0"));
         Self {
             kind: kind.to_owned(),
             notify_access: file.one("NotifyAccess").unwrap_or(if notifies { "main" } else { "none" }).to_owned(),
@@ -79,10 +86,12 @@ impl Unit {
             reload: lines("ExecReload"),
             stop: lines("ExecStop"),
             restart: file.one("Restart").unwrap_or("no").to_owned(),
+            oom_policy: file.one("OOMPolicy").unwrap_or(if delegates { "continue" } else { "stop" }).to_owned(),
             timeout_start: timeout("TimeoutStartSec"),
             timeout_stop: timeout("TimeoutStopSec"),
             watchdog: span("WatchdogSec").flatten().filter(|time| !time.is_zero()),
             fd_store_max: file.one("FileDescriptorStoreMax").and_then(|max| max.parse().ok()).unwrap_or(0),
+            root: ROOTS.into_iter().find(|name| file.one(name).is_some_and(|root| root != "/")),
             main_pid: None,
             is_stale: false,
         }
@@ -100,10 +109,12 @@ impl Unit {
             reload: lines("ExecReload"),
             stop: lines("ExecStop"),
             restart: text("Restart"),
+            oom_policy: text("OOMPolicy"),
             timeout_start: span("TimeoutStartUSec").flatten(),
             timeout_stop: span("TimeoutStopUSec").flatten(),
             watchdog: span("WatchdogUSec").flatten().filter(|time| !time.is_zero()),
             fd_store_max: text("FileDescriptorStoreMax").parse().unwrap_or(0),
+            root: ROOTS.into_iter().find(|name| properties.one(name).is_some_and(|root| !matches!(root, "" | "/"))),
             main_pid: text("MainPID").parse().ok().filter(|pid| *pid > 0),
             is_stale: text("NeedDaemonReload") == "yes",
         }
@@ -113,11 +124,10 @@ impl Unit {
         self.main_pid.map(Target::Pid)
     }
 
-    /// What it starts, where that is a plain path.
+    /// What it starts, where that is a plain path that is seen from here.
     pub(super) fn program(&self) -> Option<PathBuf> {
-        let program = &self.start.as_ref()?.program;
-        let text = program.to_string_lossy();
-        (text.starts_with('/') && !text.contains('%')).then(|| program.clone())
+        let start = self.start.as_ref().filter(|_| self.root.is_none())?;
+        start.path().map(Path::to_path_buf)
     }
 
     pub(super) fn check(&self, process: Option<&Process>, findings: &mut Findings) {
@@ -127,6 +137,7 @@ impl Unit {
         self.check_reload(process, findings);
         self.check_stop(findings);
         self.check_restart(findings);
+        self.check_oom_policy(findings);
         self.check_times(process, findings);
         self.check_fd_store(process, findings);
         if self.is_stale {
@@ -173,7 +184,22 @@ impl Unit {
         findings.warning(format!("KillMode={}: {what}", self.kill_mode), "remove it");
     }
 
+    fn check_oom_policy(&self, findings: &mut Findings) {
+        if let policy @ ("stop" | "kill") = self.oom_policy.as_str() {
+            findings.warning(
+                format!(
+                    "OOMPolicy={policy}: where the kernel ends one process for want of memory, such as a new build that is \
+                     too large, systemd ends the whole service"
+                ),
+                "OOMPolicy=continue",
+            );
+        }
+    }
+
     fn check_start(&self, process: Option<&Process>, findings: &mut Findings) {
+        if let Some(root) = self.root {
+            return findings.ok(format!("{root}=: the programs of the unit are not looked at"));
+        }
         let Some(program) = self.program() else { return };
         let serves = process.filter(|process| !process.supervises()).and_then(Process::program);
         if !program.exists() {
@@ -196,7 +222,7 @@ impl Unit {
             return findings.warning("there is no ExecReload=, so `systemctl reload` does not upgrade", RELOAD);
         }
         for line in &self.reload {
-            line.check_reload(process, findings);
+            line.check_reload(self.root.is_none(), process, findings);
         }
         let upgrades = |line: &ExecLine| line.is_upgrade() || line.signal().is_some();
         if !self.reload.is_empty() && !self.reload.iter().any(upgrades) {
@@ -304,7 +330,7 @@ mod tests {
     /// Of a good unit with other settings put in.
     fn found(settings: &str) -> Vec<(Level, String)> {
         let good = "[Service]\nType=notify\nExecStart=/bin/sh\nExecReload=handover upgrade --pid $MAINPID\n\
-            ExecStop=-handover stop --pid $MAINPID\nRestart=always\n";
+            ExecStop=-handover stop --pid $MAINPID\nRestart=always\nOOMPolicy=continue\n";
         let mut findings = Findings::about("unit");
         unit(&format!("{good}{settings}")).check(None, &mut findings);
         let bad = findings.all.into_iter().filter(|finding| finding.level != Level::Ok);
@@ -320,6 +346,10 @@ mod tests {
     #[test]
     fn a_good_unit_has_nothing_to_mend() {
         assert_eq!(found(""), []);
+        assert_eq!(found("ExecReload=\nExecReload=/opt/%i/handover upgrade --pid $MAINPID\n"), []);
+        let elsewhere = "ExecStart=\nExecStart=/no/such/server\nExecReload=\nExecReload=/no/such/handover upgrade\n";
+        assert_eq!(found(&format!("RootDirectory=/srv/image\n{elsewhere}")), []);
+        assert_eq!(found("OOMPolicy=\nDelegate=yes\n"), []);
         assert_eq!(found("TimeoutStartSec=infinity\nWatchdogSec=60\nKillMode=control-group\n"), []);
     }
 
@@ -344,6 +374,8 @@ mod tests {
         finds("ExecStop=\nExecStop=handover stop --pid $MAINPID\n", Level::Warning, "is a failed one");
         finds("Restart=on-failure\n", Level::Warning, "Restart=on-failure: a crash while an older generation drains");
         finds("Restart=no\n", Level::Warning, "Restart=no: nothing starts the service again");
+        finds("OOMPolicy=kill\n", Level::Warning, "OOMPolicy=kill");
+        finds("OOMPolicy=\n", Level::Warning, "OOMPolicy=stop");
         finds("TimeoutStopSec=30\n", Level::Warning, "TimeoutStopSec=30s: what has not drained by then is killed");
         finds("WatchdogSec=10s\n", Level::Warning, "WatchdogSec=10s");
     }
@@ -352,7 +384,7 @@ mod tests {
     fn what_systemctl_shows_is_read() {
         let properties = Properties::parse(
             "Type=notify\nNotifyAccess=main\nKillMode=control-group\nTimeoutStartUSec=1min 30s\n\
-             TimeoutStopUSec=infinity\nRestart=on-failure\nWatchdogUSec=0\n\
+             TimeoutStopUSec=infinity\nRestart=on-failure\nOOMPolicy=stop\nWatchdogUSec=0\n\
              FileDescriptorStoreMax=16\nMainPID=4711\nNeedDaemonReload=yes\nLoadState=loaded\n\
              ExecStart={ path=/srv/app ; argv[]=/srv/app --x ; ignore_errors=no ; start_time=[n/a] ; pid=0 }\n\
              ExecStop={ path=/bin/b ; argv[]=b ; ignore_errors=yes ; start_time=[n/a] }\n\
@@ -372,10 +404,12 @@ mod tests {
             reload: vec![line("/bin/a", "a b", true), line("/bin/c", "c", false)],
             stop: vec![line("/bin/b", "b", true)],
             restart: "on-failure".into(),
+            oom_policy: "stop".into(),
             timeout_start: Some(Duration::from_secs(90)),
             timeout_stop: None,
             watchdog: None,
             fd_store_max: 16,
+            root: None,
             main_pid: Some(4711),
             is_stale: true,
         };
