@@ -142,20 +142,39 @@ fn pid_in(file: &PathBuf) -> Result<Target, Failure> {
 /// Of all services that this user can see, the one of that name.
 fn named(name: &str) -> Result<Target, Failure> {
     let status = |pid| Client::connect(&Target::Pid(pid))?.patience(ps::PATIENCE)?.status();
-    let is_it = |pid: &i32| status(*pid).is_ok_and(|status| status.name.as_deref() == Some(name));
-    let found: Vec<i32> = services().into_iter().map(|service| service.pid).filter(is_it).collect();
-    match found.as_slice() {
-        [pid] => Ok(Target::Pid(*pid)),
-        [] => {
+    let (mut found, mut silent) = (vec![], vec![]);
+    for pid in services().into_iter().map(|service| service.pid) {
+        match status(pid) {
+            Ok(status) if status.name.as_deref() == Some(name) => found.push(pid),
+            Err(error) if error.kind() == ErrorKind::Failed && was_named(pid, name) => silent.push(error),
+            _ => {}
+        }
+    }
+    match (found.as_slice(), silent.first()) {
+        ([pid], _) => Ok(Target::Pid(*pid)),
+        // Whoever takes it for not running would start a second one.
+        ([], Some(error)) => {
+            Err(Failure::new(Exit::Failed, format!("{error}; it may be `{name}`: if so name it with --pid")))
+        }
+        ([], None) => {
             let message =
                 format!("no service named `{name}` runs here that this user can see (`handover ps` lists them)");
             Err(Failure::new(Exit::NotRunning, message))
         }
-        several => {
+        (several, _) => {
             let pids: Vec<String> = several.iter().map(ToString::to_string).collect();
             Err(Failure::usage(format!("which `{name}`? There are {}: name one with --pid", pids.join(", "))))
         }
     }
+}
+
+/// Whether a supervisor that does not answer can have been given that name: by an option, or in a file of them.
+fn was_named(pid: i32, name: &str) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut arguments = line.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+    arguments.any(|argument| {
+        argument == name || argument.strip_prefix("--name=") == Some(name) || argument.starts_with("--config")
+    })
 }
 
 /// A time with its unit: `30s`, `500ms`, `2min`.

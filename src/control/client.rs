@@ -244,11 +244,16 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// If it does not answer any more, or will not answer this user.
+    /// [`ErrorKind::NothingServes`] if it died of that; [`ErrorKind::Failed`] if it does not answer any more.
     pub fn scale(mut self, workers: usize, mut on_answer: impl FnMut(&Answer)) -> Result<ResultEvent, Error> {
         self.say(&Request::Scale { workers })?;
-        let result = self.follow(&mut on_answer)?;
-        result.ok_or_else(|| self.failed("scale", "it died before it said how that ended"))
+        match self.follow(&mut on_answer)? {
+            Some(result) => Ok(result),
+            None => {
+                self.must_have_died()?;
+                self.after_its_death("scale", None, false)
+            }
+        }
     }
 
     /// Passes on what is said until the result. `None`: the process died first.

@@ -44,11 +44,17 @@ impl Group {
     }
 
     fn start(&self, options: &[&str]) -> Server {
+        self.start_below(&[], options)
+    }
+
+    /// As `supervisor` runs it.
+    fn start_below(&self, supervisor: &[&str], options: &[&str]) -> Server {
         let home = Home::new();
         let script = "echo $$ >\"$0/cgroup.procs\" && exec \"$@\"";
         let program = fixture();
-        let start = ["-c", script, self.directory.to_str().unwrap(), program.to_str().unwrap()];
-        let command = home.logged("/bin/sh", &[&start, &SOON[..], &["--tcp", "http=127.0.0.1:0"], options].concat());
+        let program = [&[program.to_str().unwrap()][..], &SOON, &["--tcp", "http=127.0.0.1:0"], options].concat();
+        let start = ["-c", script, self.directory.to_str().unwrap()];
+        let command = home.logged("/bin/sh", &[&start, supervisor, &program].concat());
         Server::run(home, command)
     }
 
@@ -102,6 +108,23 @@ fn memory_for_two_is_looked_for() {
     let line = run.stdout.lines().find(|line| line.contains("has room for a second copy")).unwrap();
     assert!(line.starts_with("ok       process "), "{line}");
     server.upgrade(&[]).exits_with(0);
+}
+
+/// Not its own, of which there will be no second: what it runs is many times as large.
+#[test]
+fn of_a_supervisor_the_memory_of_what_it_runs_is_looked_at() {
+    const STATE_BYTES: u64 = 32 << 20;
+    let Some(group) = Group::new("memory") else { return };
+    let supervisor = [HANDOVER, "exec", "--trial", "100ms", "--listen", "http=127.0.0.1:0", "--workers", "2", "--"];
+    let server = group.start_below(&supervisor, &["--state-bytes", &STATE_BYTES.to_string()]);
+    let used = group.read(if group.is_version_2 { "memory.current" } else { "memory.usage_in_bytes" });
+    // Room for one of them, and not for both.
+    group.limit("memory", used + STATE_BYTES + STATE_BYTES / 2);
+    let run = check(&server).exits_with(0);
+    let line = run.stdout.lines().find(|line| line.contains("the control group")).unwrap();
+    assert!(line.starts_with("warning  process ") && line.contains("a new one as large does not fit"), "{line}");
+    group.limit("memory", 4 * (used + STATE_BYTES));
+    check(&server).exits_with(0).says("has room for a second copy");
 }
 
 /// Two generations live in the group for a while. The new one wants more than there is: it is by far the largest, and so the

@@ -17,6 +17,8 @@ const FDS_OF_UPGRADE: u64 = 10;
 /// What a new process has open beside its listeners before it serves.
 const FDS_OF_START: u64 = 32;
 const MIB: u64 = 1 << 20;
+/// More are not looked at.
+const PROCESSES_MAX: usize = 1024;
 
 /// A process as far as this user may look at it.
 #[derive(Debug)]
@@ -44,6 +46,27 @@ impl Process {
     /// It is `handover exec`, and what serves runs below it.
     pub(super) fn supervises(&self) -> bool {
         self.status.as_ref().is_some_and(|status| !status.workers.is_empty())
+    }
+
+    /// `/proc/PID/status` of all that an upgrade would double: the process, or the workers of a supervisor with what they have
+    /// started. `None`: those are known by other numbers there than here.
+    fn doubled(&self) -> Option<Vec<String>> {
+        let Some(status) = self.status.as_ref().filter(|status| !status.workers.is_empty()) else {
+            return Some(vec![self.proc_status.clone()]);
+        };
+        let serves = status.workers.iter().filter(|worker| worker.state != State::Draining);
+        let mut pids: Vec<i32> = serves.filter_map(|worker| worker.pid).collect();
+        if status.pid != self.pid {
+            return None;
+        }
+        let mut looked_at = 0;
+        while let Some(pid) = pids.get(looked_at).copied().filter(|_| looked_at < PROCESSES_MAX) {
+            looked_at += 1;
+            let children = children(pid).into_iter().filter(|child| !pids.contains(child)).collect::<Vec<_>>();
+            pids.extend(children);
+        }
+        let read = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/status")).ok();
+        Some(pids.iter().filter_map(read).collect())
     }
 
     pub(super) fn uid(&self) -> Option<u32> {
@@ -75,6 +98,14 @@ impl Process {
         let relative = path.strip_prefix("/").unwrap_or(path);
         PathBuf::from(format!("/proc/{}/root", self.pid)).join(relative)
     }
+}
+
+fn children(pid: i32) -> Vec<i32> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let texts = threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+    texts
+        .flat_map(|text| text.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
 }
 
 /// Looks at a process, and at what it would start if `starts_its_own`. `None`: there is none that could be upgraded.
@@ -206,7 +237,17 @@ fn judge_fds(fds: Fds, findings: &mut Findings) {
 }
 
 fn check_memory(process: &Process, findings: &mut Findings) {
-    let Some(private) = bytes(&process.proc_status, "RssAnon") else { return };
+    let Some(doubled) = process.doubled() else {
+        return findings.warning(
+            format!("the memory and the tasks of what process {} runs were not looked at", process.pid),
+            "check from inside its container",
+        );
+    };
+    let private: Vec<u64> = doubled.iter().filter_map(|status| bytes(status, "RssAnon")).collect();
+    if private.is_empty() {
+        return;
+    }
+    let private = private.into_iter().fold(0, u64::saturating_add);
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let machine = bytes(&meminfo, "MemAvailable").map(|left| (left, "this machine".to_owned(), "free some"));
     let group = cgroup::memory(process.pid).map(|room| {
@@ -230,9 +271,12 @@ fn judge_memory(private: u64, left: u64, place: &str, mend: &str, findings: &mut
 }
 
 fn check_tasks(process: &Process, findings: &mut Findings) {
-    let threads = field(&process.proc_status, "Threads").and_then(|number| number.parse().ok());
-    let (Some(threads), Some(room)) = (threads, cgroup::tasks(process.pid)) else { return };
-    judge_tasks(threads, &room, findings);
+    let Some(doubled) = process.doubled() else { return };
+    let threads =
+        doubled.iter().filter_map(|status| field(status, "Threads")?.parse().ok()).fold(0, u64::saturating_add);
+    if let Some(room) = cgroup::tasks(process.pid).filter(|_| threads > 0) {
+        judge_tasks(threads, &room, findings);
+    }
 }
 
 fn judge_tasks(threads: u64, room: &cgroup::Room, findings: &mut Findings) {

@@ -7,6 +7,7 @@ use handover::control::State;
 use nix::sys::signal::Signal;
 
 use crate::client::{ask, get};
+use crate::command::Running;
 use crate::exec::{HTTP, exec, exec_in, plain};
 use crate::home::{HANDOVER, Home};
 use crate::server::{Server, children_of, has_ended, state_of};
@@ -81,6 +82,19 @@ fn a_supervisor_without_fds_says_so_and_serves_on() {
     server.assert_supervises(1);
     server.upgrade(&["--wait", "drained"]).exits_with(0);
     assert_eq!(server.answerer().generation, 2);
+}
+
+#[test]
+fn a_supervisor_that_dies_while_it_scales_is_told_as_one_in_an_upgrade() {
+    let home = Home::new();
+    let mut command = home.logged(HANDOVER, &["exec"]);
+    command.args(HTTP).arg("--").arg(plain()).env("PLAIN", "hang,worker=1");
+    let server = Server::run(home, command);
+    let supervisor = server.first_pid();
+    let scale = Running::start(server.handover_command(&["scale", "2", "--pid", &supervisor.to_string()]));
+    eventually("the second worker", || (server.workers().len() == 2).then_some(()));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(supervisor), nix::sys::signal::Signal::SIGKILL).unwrap();
+    scale.finish().exits_with(8).complains("died, which supervised the program and held its sockets");
 }
 
 /// And not that it was killed, which would look like somebody else's doing.

@@ -134,6 +134,12 @@ fn by_name_and_by_pid_file() {
     server.handover(&["upgrade", "--name", "no-such-service"]).exits_with(7).complains("no service named");
     let answer: Answer = server.answerer();
     assert_eq!((answer.generation, server.pid()), (3, pid));
+    // One that stands still runs all the same, and is not to be started a second time.
+    let supervisor = nix::unistd::Pid::from_raw(pid);
+    nix::sys::signal::kill(supervisor, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    let asked = server.handover(&["upgrade", "--name", &name]);
+    nix::sys::signal::kill(supervisor, nix::sys::signal::Signal::SIGCONT).unwrap();
+    asked.exits_with(1).complains(&format!("it may be `{name}`: if so name it with --pid")).complains(&pid.to_string());
     server.handover(&["stop", "--name", &name]).exits_with(0);
     assert!(!std::path::Path::new(&file).exists());
 }
