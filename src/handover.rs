@@ -190,9 +190,12 @@ impl Handover {
         let tried = || format!("find the address of listener `{name}`");
         let addresses = address.to_socket_addrs();
         let addresses = addresses.map_err(|error| Error::io(tried(), error).with_kind(ErrorKind::Invalid))?;
+        let wanted = addresses.map(|address| Wanted { name, kind, address: Address::Ip(address), options: options() });
+        let mut wanted: Vec<Wanted<'_>> = wanted.collect();
+        self.shared.listeners().put_inherited_first(&mut wanted);
         let mut failure = None;
-        for address in addresses {
-            match self.claim(&Wanted { name, kind, address: Address::Ip(address), options: options() }) {
+        for wanted in wanted {
+            match self.claim(&wanted) {
                 Ok(claimed) => return Ok(claimed),
                 Err(error) => failure = Some(error),
             }

@@ -146,6 +146,10 @@ impl Inherited {
         Ok(Some(Self { name, kind, address, cookie, path: None, backlog: None, source, activated: true, fd }))
     }
 
+    fn fits(&self, wanted: &Wanted<'_>) -> bool {
+        self.kind == wanted.kind && self.address.satisfies(&wanted.address)
+    }
+
     /// From an fd that an earlier run of this service has put into the service manager's store: this service chose its
     /// address, and made its path.
     pub(crate) fn stored(name: String, fd: OwnedFd) -> io::Result<Option<Self>> {
@@ -308,6 +312,15 @@ impl Listeners {
             .filter(move |(_, one)| one.name == name)
     }
 
+    /// Of several addresses of one name, in the order in which they are tried. An older generation may have found the first one
+    /// in use, and a resolver may have changed its mind since: where the service listens it stays.
+    pub(crate) fn put_inherited_first(&self, wanted: &mut [Wanted<'_>]) {
+        wanted.sort_by_key(|wanted| {
+            let mut activated = self.inherited.iter().flatten().filter(|one| one.activated);
+            !self.of_name(wanted.name).any(|(_, one)| one.fits(wanted)) && !activated.any(|one| one.fits(wanted))
+        });
+    }
+
     /// Takes a listener over by name, or binds it afresh.
     pub(crate) fn claim(&mut self, wanted: &Wanted<'_>, gate: &Gate) -> Result<&Entry, Error> {
         if !name_is_valid(wanted.name) {
@@ -342,7 +355,7 @@ impl Listeners {
     /// By name and address first. What a service manager passed may have no names, or one name for several sockets:
     /// there the name is enough, or the address is.
     fn take_inherited(&mut self, wanted: &Wanted<'_>) -> Option<Inherited> {
-        let fits = |one: &Inherited| one.kind == wanted.kind && one.address.satisfies(&wanted.address);
+        let fits = |one: &Inherited| one.fits(wanted);
         let named_by_manager = |one: &Inherited| one.kind == wanted.kind && one.activated;
         let found_by_manager = |one: &Inherited| one.activated && fits(one);
         let by_name = |suits: &dyn Fn(&Inherited) -> bool| {

@@ -170,6 +170,24 @@ fn the_mode_of_what_took_the_place_of_a_unix_path_is_left_alone() {
 }
 
 #[test]
+fn of_several_addresses_the_one_that_is_handed_over_is_kept() {
+    let inherited = handed_over(&[tcp("http", "127.0.0.2:0"), tcp("admin", "127.0.0.3:0")]);
+    let (cookie, Address::Ip(address)) = (inherited[0].cookie, inherited[0].address.clone()) else { panic!() };
+    let listeners = Listeners::new(inherited, false);
+    for port in [0, address.port()] {
+        let text = |ip: u8| format!("127.0.0.{ip}:{port}");
+        let mut wanted = [tcp("http", &text(1)), tcp("http", &text(2)), tcp("http", &text(3))];
+        listeners.put_inherited_first(&mut wanted);
+        let order = wanted.map(|one| one.address.to_string());
+        assert_eq!(order, [text(2), text(1), text(3)]);
+    }
+    let mut wanted = [tcp("http", "127.0.0.1:0"), tcp("http", "127.0.0.2:0")];
+    let (mut listeners, gate) = (listeners, gate());
+    listeners.put_inherited_first(&mut wanted);
+    assert_eq!(listeners.claim(&wanted[0], &gate).unwrap().cookie, cookie);
+}
+
+#[test]
 fn a_stale_unix_path_is_replaced_one_that_answers_or_is_no_socket_is_not() {
     let directory = Directory::new("unix-stale");
     let (mut listeners, gate) = (Listeners::new(vec![], true), gate());
