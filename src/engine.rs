@@ -526,11 +526,12 @@ impl Engine {
             self.tell_old_side(upgrade::Event::Stop);
         }
         self.fail_restart("ended before it was ready");
-        self.shared.gate.close();
         if self.upgrade.stage() != upgrade::Stage::Drained {
-            self.remove_paths();
+            self.unlink_paths();
+            self.remove_pid_file();
             self.remove_control_socket();
         }
+        self.shared.gate.close();
     }
 
     fn remove_control_socket(&mut self) {
@@ -539,13 +540,17 @@ impl Engine {
         }
     }
 
-    /// The paths of Unix listeners and the pid file go with the last generation.
-    fn remove_paths(&self) {
+    /// The paths of Unix listeners go with the last generation.
+    fn unlink_paths(&self) {
         if !self.drain.upgraded {
             self.shared.listeners().unlink_paths(self.inherit.owns());
-            if let Some(pid_file) = &self.pid_file {
-                pid_file.remove();
-            }
+        }
+    }
+
+    /// And so does the pid file.
+    fn remove_pid_file(&self) {
+        if let Some(pid_file) = self.pid_file.as_ref().filter(|_| !self.drain.upgraded) {
+            pid_file.remove();
         }
     }
 }

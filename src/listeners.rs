@@ -485,9 +485,11 @@ impl Listeners {
 
     /// Removes the paths of Unix listeners, where they are still the ones that a generation of this service made. A
     /// process that never owned what was handed over to it removes only what it bound itself.
-    pub(crate) fn unlink_paths(&self, owner: bool) {
-        for entry in self.entries().filter(|entry| owner || entry.source == Source::Bound) {
-            if let (Address::Path(path), Some(identity)) = (&entry.address, entry.path) {
+    ///
+    /// To be called while the sockets are open: once they are closed another service's path may have their inode number.
+    pub(crate) fn unlink_paths(&mut self, owner: bool) {
+        for entry in self.entries.iter_mut().filter(|entry| owner || entry.source == Source::Bound) {
+            if let (Address::Path(path), Some(identity)) = (&entry.address, entry.path.take()) {
                 bind::unlink_if_ours(path, identity);
             }
         }

@@ -457,6 +457,7 @@ impl Engine {
     }
 
     fn begin_drain(&mut self) {
+        self.unlink_paths();
         self.shared.gate.close();
         let deadline = self.duration(Timer::Drain).map(after);
         let upgraded = self.drain.upgraded;
@@ -506,7 +507,7 @@ impl Engine {
         let (upgraded, cut) = (self.drain.upgraded, self.drain.cut.unwrap_or(0));
         log::info!("drained");
         self.give_way(cut);
-        self.remove_paths();
+        self.remove_pid_file();
         self.answer_drained(cut);
         self.remove_control_socket();
         self.old_comes_to("old: drained");

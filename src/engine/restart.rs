@@ -99,8 +99,9 @@ impl Engine {
             self.successors.push(process);
         }
         self.drain.upgraded = false;
+        self.unlink_paths();
         if self.upgrade.stage() == Stage::Drained {
-            self.remove_paths();
+            self.remove_pid_file();
         }
         let pid = std::process::id();
         let message =

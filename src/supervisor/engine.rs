@@ -241,7 +241,7 @@ impl Supervisor {
 
     fn prepare(options: &Options) -> Result<(Sockets, Option<PidFile>), Error> {
         let listen = if options.take_over.is_some() { &[][..] } else { &options.listen };
-        let sockets = Sockets::open(listen, options.non_blocking, options.intercepts())?;
+        let mut sockets = Sockets::open(listen, options.non_blocking, options.intercepts())?;
         let is_seen = options.may_be_seen() && options.ready_command.is_none();
         if sockets.is_empty() && is_seen && !options.intercepts() {
             return Err(Error::new(

@@ -209,6 +209,7 @@ impl Sockets {
 
     /// From now on they are the program's alone: when it has closed them, clients are refused instead of left waiting.
     pub(super) fn close(&mut self) {
+        self.listeners.unlink_paths(true);
         self.gate.close();
         self.closed.extend(self.kept.addresses());
         self.paths = self.kept.retain(|_| false).iter().filter_map(KeptSocket::path).collect();
@@ -225,7 +226,7 @@ impl Sockets {
         self.paths.clear();
     }
 
-    pub(super) fn remove_paths(&self) {
+    pub(super) fn remove_paths(&mut self) {
         self.listeners.unlink_paths(true);
         for (path, identity) in &self.paths {
             unlink_if_ours(path, *identity);

@@ -5,8 +5,10 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 
+use handover::control::State;
+
 use crate::client::{ask, ask_unix};
-use crate::command::run;
+use crate::command::{Running, run};
 use crate::home::{Home, fixture};
 use crate::oracle::{Load, Target};
 use crate::server::Server;
@@ -98,6 +100,25 @@ fn a_unix_path_keeps_inode_and_mode_and_goes_with_the_last_generation() {
     eventually("the new mode", || (mode() == 0o600).then_some(()));
     server.handover(&["stop", "--pid", &server.pid().to_string()]).exits_with(0);
     assert!(!path.exists());
+}
+
+/// Once its socket is closed another one may have its inode number, and be the path of the service that was started meanwhile.
+#[test]
+fn a_unix_path_goes_before_the_drain_and_not_after_it() {
+    let home = Home::new();
+    let path = home.path("server.sock");
+    let server = Server::start_in(home, &["--unix", &format!("http={}", path.display())]);
+    let asked = path.clone();
+    let request = std::thread::spawn(move || ask_unix(&asked, "/slow/2").answerer());
+    eventually("a request", || (server.serving().connections.open > 0).then_some(()));
+    let pid = server.pid();
+    let stop = Running::start(server.handover_command(&["stop", "--pid", &pid.to_string()]));
+    eventually("its path to go", || (!path.exists()).then_some(()));
+    assert_eq!(server.status(pid).state, State::Draining);
+    let _next = UnixListener::bind(&path).unwrap();
+    stop.finish().exits_with(0);
+    assert!(path.exists());
+    assert_eq!(request.join().unwrap().generation, 1);
 }
 
 #[test]
