@@ -85,6 +85,8 @@ pub(crate) fn is_of_the_connection(error: &io::Error) -> bool {
 
 /// How long to wait when the process is out of fds or memory, so as not to spin.
 pub(crate) const EXHAUSTED_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+/// The same when a receiver's queue is full.
+const FULL_QUEUE_PAUSE: std::time::Duration = std::time::Duration::from_millis(5);
 
 /// Accepts for an iterator: passes over what concerns one connection, waits when the process is out of fds.
 fn next<C>(accept: impl Fn() -> io::Result<Option<C>>) -> Option<C> {
@@ -199,17 +201,30 @@ impl Datagrams {
         self.behind.take(|fd| sys::receive_from(fd, buffer))
     }
 
+    fn socket(&self) -> io::Result<&OwnedFd> {
+        self.sending.as_deref().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
     pub(crate) fn send(&self, bytes: &[u8], to: &SockAddr) -> io::Result<usize> {
-        let closed = || io::Error::from(io::ErrorKind::NotConnected);
-        let socket = self.sending.as_ref().ok_or_else(closed)?;
+        let socket = self.socket()?;
+        let mut has_waited = false;
         loop {
-            match SockRef::from(socket).send_to(bytes, to) {
+            match self.try_send(bytes, to) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    // For a Unix socket that is not connected this looks at its own buffer alone, and not at the queue of
+                    // whoever is to receive it.
                     crate::poll::wait(socket.as_fd(), nix::poll::PollFlags::POLLOUT, None)?;
+                    if std::mem::replace(&mut has_waited, true) {
+                        std::thread::sleep(FULL_QUEUE_PAUSE);
+                    }
                 }
                 result => return result,
             }
         }
+    }
+
+    pub(crate) fn try_send(&self, bytes: &[u8], to: &SockAddr) -> io::Result<usize> {
+        SockRef::from(self.socket()?).send_to(bytes, to)
     }
 }
 
@@ -274,7 +289,7 @@ impl UnixDatagram {
         Ok(received.map(|(count, peer)| (count, peer.as_pathname().map(PathBuf::from))))
     }
 
-    /// Sends a datagram to a path (`sendto(2)`), also while this process drains.
+    /// Sends a datagram to a path (`sendto(2)`), also while this process drains; waits while the receiver's queue is full.
     ///
     /// # Errors
     ///
@@ -293,5 +308,55 @@ impl UnixDatagram {
 impl fmt::Debug for UnixDatagram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.behind.fmt("UnixDatagram", f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+    use std::time::{Duration, Instant};
+
+    use crate::config::{Config, Signals};
+    use crate::handover::Handover;
+    use crate::listeners::UnixOptions;
+
+    #[test]
+    fn a_receiver_that_does_not_read_costs_the_sender_time_and_no_processor() {
+        let path = |name: &str| std::env::temp_dir().join(format!("handover-{name}-{}.sock", std::process::id()));
+        let (own, other) = (path("sends"), path("reads-nothing"));
+        let config = Config::default().without_control_socket().signals(Signals::none());
+        let handover = Handover::start(config).unwrap();
+        let socket = handover.unix_datagram("log", &own, &UnixOptions::default()).unwrap();
+        let receiver = UnixDatagram::bind(&other).unwrap();
+        // Of as many senders as it takes: each of them has a buffer of its own, which is not to be what is full.
+        let fill = |_| {
+            let filler = UnixDatagram::unbound().unwrap();
+            filler.set_nonblocking(true).unwrap();
+            (0..).take_while(|_| filler.send_to(b"x", &other).is_ok()).count()
+        };
+        let filled: usize = (0..).map(fill).take_while(|count| *count > 0).sum();
+        std::thread::scope(|scope| {
+            let (tell, told) = std::sync::mpsc::channel();
+            let other = &other;
+            let sender = scope.spawn(move || {
+                tell.send(nix::unistd::gettid()).unwrap();
+                socket.send_to(b"x", other).unwrap();
+            });
+            let statistics = format!("/proc/self/task/{}/schedstat", told.recv().unwrap());
+            let on_processor = || {
+                let text = std::fs::read_to_string(&statistics).unwrap();
+                Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+            };
+            let (begun, used) = (Instant::now(), on_processor());
+            std::thread::sleep(Duration::from_millis(500));
+            let share = (on_processor() - used).as_secs_f64() / begun.elapsed().as_secs_f64();
+            assert!(!sender.is_finished());
+            for _ in 0..=filled {
+                receiver.recv(&mut [0; 8]).unwrap();
+            }
+            sender.join().unwrap();
+            assert!(share < 0.2, "{share}");
+        });
+        std::fs::remove_file(&other).unwrap();
     }
 }

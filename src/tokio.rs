@@ -321,14 +321,13 @@ impl UnixDatagram {
         Ok(received.map(|(count, peer)| (count, peer.as_pathname().map(PathBuf::from))))
     }
 
-    /// Sends a datagram to a path (`sendto(2)`), also while this process drains; waits while the receiver's queue is
-    /// full.
+    /// Sends a datagram to a path (`sendto(2)`), also while this process drains.
     ///
     /// # Errors
     ///
-    /// Those of `sendto(2)`.
+    /// Those of `sendto(2)`; `WouldBlock` while the receiver's queue is full, of whose end nobody is told.
     pub fn send_to(&self, bytes: &[u8], path: impl AsRef<std::path::Path>) -> io::Result<usize> {
-        self.sending.send_to(bytes, path)
+        self.sending.0.try_send(bytes, &socket2::SockAddr::unix(path)?)
     }
 }
 
