@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -173,8 +173,10 @@ pub(crate) struct GatedSocket {
     slot: RwLock<Slot>,
     was_waited_on: AtomicBool,
     /// Takes the socket out of somebody's epoll set, before the other process is told that we are shut.
-    on_shut: Mutex<Vec<Box<dyn Fn() + Send>>>,
+    on_shut: Mutex<Vec<Weak<Deregister>>>,
 }
+
+pub(crate) type Deregister = dyn Fn() + Send + Sync;
 
 impl GatedSocket {
     /// Whether the application has waited for connections here since this process began.
@@ -195,9 +197,12 @@ impl GatedSocket {
         matches!(&*self.slot.read().unwrap_or_else(PoisonError::into_inner), Slot::Open(_))
     }
 
+    /// For as long as the caller keeps it.
     #[cfg(feature = "tokio")]
-    pub(crate) fn on_shut(&self, deregister: impl Fn() + Send + 'static) {
-        lock(&self.on_shut).push(Box::new(deregister));
+    pub(crate) fn on_shut(&self, deregister: &Arc<Deregister>) {
+        let mut all = lock(&self.on_shut);
+        all.retain(|one| one.strong_count() > 0);
+        all.push(Arc::downgrade(deregister));
     }
 
     fn move_to(&self, next: GateState) {
@@ -210,7 +215,7 @@ impl GatedSocket {
             };
         }
         if next != GateState::Open {
-            lock(&self.on_shut).iter().for_each(|deregister| deregister());
+            lock(&self.on_shut).iter().filter_map(Weak::upgrade).for_each(|deregister| deregister());
         }
     }
 }

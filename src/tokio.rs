@@ -34,7 +34,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::task::coop::poll_proceed;
 
 use crate::connections::Connection;
-use crate::gate::{GateState, Taken};
+use crate::gate::{Deregister, GateState, Taken};
 use crate::handover::Handover;
 use crate::net::{self, Behind, Datagrams};
 use crate::shared::Phase;
@@ -78,6 +78,8 @@ type GateMoved = Found<GateState, fn(&GateState) -> Option<()>>;
 struct Registered {
     behind: Behind,
     registration: Registration,
+    /// Kept, because the socket has it for as long as this has.
+    _deregister: Arc<Deregister>,
     moved: Option<GateMoved>,
 }
 
@@ -86,8 +88,9 @@ impl Registered {
         let registration = Registration::default();
         let for_gate = registration.clone();
         // Dropping it deregisters, before the other process is told that the gate is shut.
-        behind.socket.on_shut(move || drop(lock(&for_gate).take()));
-        Self { behind, registration, moved: None }
+        let deregister: Arc<Deregister> = Arc::new(move || drop(lock(&for_gate).take()));
+        behind.socket.on_shut(&deregister);
+        Self { behind, registration, _deregister: deregister, moved: None }
     }
 
     async fn take<R>(&mut self, mut attempt: impl FnMut(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<Option<R>> {
@@ -380,6 +383,7 @@ mod tests {
 
     use super::*;
     use crate::config::{Config, Signals};
+    use std::os::fd::AsRawFd;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[tokio::test]
@@ -444,6 +448,26 @@ mod tests {
         }
         other.await.unwrap();
         assert!(ran_after.load(Ordering::Relaxed) < COUNT);
+    }
+
+    /// As where a task is aborted and another accepts, for a new configuration.
+    #[tokio::test]
+    async fn a_listener_that_is_dropped_leaves_nothing_behind() {
+        let config = Config::default().without_control_socket().signals(Signals::none());
+        let handover = Handover::start(config).unwrap();
+        let listener = handover.tcp("http", "127.0.0.1:0").unwrap();
+        handover.ready_async().await.unwrap();
+        for _ in 0..100 {
+            let mut again = super::TcpListener::new(listener.clone());
+            assert!(timeout(Duration::from_millis(1), again.accept()).await.is_err());
+            let registration = again.0.registration.clone();
+            assert!(lock(&registration).is_some());
+            drop(again);
+            assert_eq!(Arc::strong_count(&registration), 1);
+            // Its own fd is the listener's, and not a second one because an earlier registration is still there.
+            let fd = lock(&registration).take().unwrap().get_ref().as_raw_fd();
+            assert_eq!(fd, listener.0.socket.fd().unwrap().as_raw_fd());
+        }
     }
 
     /// As in the example of `lingered`.
