@@ -33,7 +33,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let handover = Handover::start(config)?; // inherits, or starts generation 1
     let mut listener = handover::tokio::TcpListener::new(handover.tcp("http", &arguments.listen)?);
     handover.ready_async().await?; // returns when this process owns the listeners
-    while let Some((connection, _)) = listener.accept().await? {
+    while let Some((connection, _)) = listener.next_connection().await {
         let for_connection = handover.clone();
         tokio::spawn(async move {
             let who = format!("gen={} pid={}", for_connection.generation(), std::process::id());

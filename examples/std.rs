@@ -30,7 +30,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::thread::spawn(move || {
         for connection in listener.incoming() {
             let handover = echoes.clone();
-            std::thread::spawn(move || echo(&handover, &connection));
+            let spawned = std::thread::Builder::new().spawn(move || echo(&handover, &connection));
+            if let Err(error) = spawned {
+                log::warn!("no thread for a connection, which is closed: {error}");
+            }
         }
     });
     handover.ready()?; // returns when this process owns the listeners

@@ -27,7 +27,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let handover = Handover::start(config)?; // inherits, or starts generation 1
     let mut listener = handover::tokio::TcpListener::new(handover.tcp("echo", &arguments.listen)?);
     handover.ready_async().await?; // returns when this process owns the listeners
-    while let Some((connection, _)) = listener.accept().await? {
+    while let Some((connection, _)) = listener.next_connection().await {
         tokio::spawn(echo(handover.clone(), connection));
     }
     let drained = handover.drained().await; // every connection has ended

@@ -29,7 +29,6 @@ use tokio::net::TcpStream;
 
 use crate::connections::Connection;
 use crate::hyper;
-use crate::net::{EXHAUSTED_PAUSE, is_of_the_connection};
 use crate::shared::Drained;
 use crate::tokio::TcpListener;
 
@@ -68,17 +67,10 @@ impl Listener for TcpListener {
     type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        loop {
-            match TcpListener::accept(self).await {
-                Ok(Some(accepted)) => return accepted,
-                // This process drains; axum's own graceful shutdown ends the wait.
-                Ok(None) => std::future::pending().await,
-                Err(error) if is_of_the_connection(&error) => {}
-                Err(error) => {
-                    log::warn!("accept: {error}");
-                    tokio::time::sleep(EXHAUSTED_PAUSE).await;
-                }
-            }
+        match self.next_connection().await {
+            Some(accepted) => accepted,
+            // This process drains; axum's own graceful shutdown ends the wait.
+            None => std::future::pending().await,
         }
     }
 

@@ -8,7 +8,6 @@
 //! hyper closes a connection, without a word of it in the response, if the service has not read the body of a request to
 //! its end; what is on its way there is lost then as well, with and without an upgrade.
 
-use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::pin::{Pin, pin};
@@ -29,7 +28,6 @@ use tokio::net::{TcpStream, UnixStream};
 
 use crate::connections::Connection;
 use crate::handover::Handover;
-use crate::net::{EXHAUSTED_PAUSE, is_of_the_connection};
 use crate::shared::{Drained, Phase, Shared};
 use crate::tokio::{LAST_LOOK, TcpListener, UnixListener};
 
@@ -51,7 +49,7 @@ mod sealed {
     use super::*;
 
     pub trait Sealed: Sized {
-        fn next(&mut self) -> impl Future<Output = io::Result<Option<Accepted<Self>>>> + Send
+        fn next(&mut self) -> impl Future<Output = Option<Accepted<Self>>> + Send
         where
             Self: Listener;
 
@@ -71,8 +69,8 @@ impl Listener for TcpListener {
 }
 
 impl sealed::Sealed for TcpListener {
-    async fn next(&mut self) -> io::Result<Option<sealed::Accepted<Self>>> {
-        self.accept().await
+    async fn next(&mut self) -> Option<sealed::Accepted<Self>> {
+        self.next_connection().await
     }
 
     fn shared_state(&self) -> sealed::SharedState {
@@ -86,8 +84,8 @@ impl Listener for UnixListener {
 }
 
 impl sealed::Sealed for UnixListener {
-    async fn next(&mut self) -> io::Result<Option<sealed::Accepted<Self>>> {
-        Ok(self.accept().await?.map(|connection| (connection, ())))
+    async fn next(&mut self) -> Option<sealed::Accepted<Self>> {
+        Some((self.next_connection().await?, ()))
     }
 
     fn shared_state(&self) -> sealed::SharedState {
@@ -147,24 +145,13 @@ where
     S: HttpService,
 {
     let shared = listener.shared_state().0;
-    loop {
-        match listener.next().await {
-            Ok(Some((connection, peer))) => {
-                let serving =
-                    drive(shared.clone(), connection, make_service(peer), auto::Builder::new(TokioExecutor::new()));
-                tokio::spawn(async move {
-                    if let Err(error) = serving.await {
-                        log::debug!("connection: {error}");
-                    }
-                });
+    while let Some((connection, peer)) = listener.next().await {
+        let serving = drive(shared.clone(), connection, make_service(peer), auto::Builder::new(TokioExecutor::new()));
+        tokio::spawn(async move {
+            if let Err(error) = serving.await {
+                log::debug!("connection: {error}");
             }
-            Ok(None) => break,
-            Err(error) if is_of_the_connection(&error) => {}
-            Err(error) => {
-                log::warn!("accept: {error}");
-                tokio::time::sleep(EXHAUSTED_PAUSE).await;
-            }
-        }
+        });
     }
     shared.phase.clone().future(|phase: &Phase| phase.drained).await
 }

@@ -9,7 +9,7 @@
 //! let handover = Handover::start(Config::default())?;
 //! let mut listener = handover::tokio::TcpListener::new(handover.tcp("echo", "127.0.0.1:7000")?);
 //! handover.ready_async().await?;
-//! while let Some((connection, peer)) = listener.accept().await? {
+//! while let Some((connection, peer)) = listener.next_connection().await {
 //!     tokio::spawn(async move { drop((connection, peer)) });
 //! }
 //! handover.drained().await;
@@ -168,6 +168,14 @@ fn register(fd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
     }
 }
 
+/// Passes over what concerns one connection, and waits when the process is out of fds.
+async fn pass_over(error: io::Error) {
+    if !net::is_of_the_connection(&error) {
+        log::warn!("accept: {error}");
+        tokio::time::sleep(net::EXHAUSTED_PAUSE).await;
+    }
+}
+
 /// A TCP listener for tokio; from [`Handover::tcp`](crate::Handover::tcp).
 pub struct TcpListener(Registered);
 
@@ -190,6 +198,16 @@ impl TcpListener {
         let attempt = |fd: BorrowedFd<'_>| net::accept_with_peer(&shared, fd, libc::SOCK_NONBLOCK, &mut peer, stream);
         let accepted = self.0.take(attempt).await?;
         accepted.map(|connection| Ok((connection, peer.read()?))).transpose()
+    }
+
+    /// The next connection; `None` once this process drains. Errors are logged and passed over; out of fds it waits a moment.
+    pub async fn next_connection(&mut self) -> Option<(Connection<TcpStream>, SocketAddr)> {
+        loop {
+            match self.accept().await {
+                Ok(accepted) => return accepted,
+                Err(error) => pass_over(error).await,
+            }
+        }
     }
 
     /// Where it is bound.
@@ -235,6 +253,16 @@ impl UnixListener {
         let shared = self.0.behind.shared.clone();
         let stream = |fd: OwnedFd| UnixStream::from_std(fd.into());
         self.0.take(|fd| net::accept(&shared, fd, libc::SOCK_NONBLOCK, stream)).await
+    }
+
+    /// The next connection; as [`TcpListener::next_connection`].
+    pub async fn next_connection(&mut self) -> Option<Connection<UnixStream>> {
+        loop {
+            match self.accept().await {
+                Ok(accepted) => return accepted,
+                Err(error) => pass_over(error).await,
+            }
+        }
     }
 
     #[cfg(feature = "hyper")]
