@@ -135,7 +135,7 @@ class Service:
         """Of the build that serves."""
         asked = self.ask("status")
         if asked.returncode != 0:
-            raise Trouble(f"no service to upgrade: {asked.stderr.strip()}")
+            raise Trouble(f"no service to upgrade: {with_mend(last_word(asked))}")
         return objects(asked.stdout)[-1]
 
     def check(self, program):
@@ -147,7 +147,7 @@ class Service:
         findings = objects(checked.stdout)
         problems = [with_mend(finding) for finding in findings if finding.get("level") == "problem"]
         if checked.returncode != 0:
-            raise Trouble("; ".join(problems) or f"handover check: {checked.stderr.strip()}")
+            raise Trouble("; ".join(problems) or f"handover check: {with_mend(last_word(checked))}")
 
     def replace(self, how, options, busy_timeout):
         """The events of an upgrade or restart, once nobody else is at it, and its exit code."""
@@ -160,7 +160,7 @@ class Service:
         events = objects(asked.stdout)
         if asked.returncode in (0, CUT):
             return events
-        result = events[-1] if events and events[-1].get("event") == "result" else {"message": asked.stderr.strip()}
+        result = last_word(asked)
         raise Trouble("\n".join([with_mend(result), *result.get("stderr", [])[-LINES_SHOWN:]]))
 
 
@@ -221,6 +221,12 @@ def objects(text):
         return [json.loads(line) for line in text.splitlines()]
     except ValueError as error:
         raise Trouble(f"the command answered what this module does not understand: {text[:200]}") from error
+
+
+def last_word(asked):
+    """Why it was not done. Only what is no answer of the command itself is on stderr: with --json that is silent."""
+    said = [event for event in objects(asked.stdout) if event.get("event") in ("result", "error")]
+    return said[-1] if said else {"message": asked.stderr.strip()}
 
 
 def with_mend(said):
