@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import unittest
 
-from base import wait_for
+from base import LAB, wait_for, write
 from lab import Case
 
 BAD = "echo cannot reach the database >&2; exit 1"
@@ -106,6 +108,33 @@ class Upgrade(Case):
         self.assertEqual(played.code, 2, played.text)
         self.assertIn("give this release another name", played.text)
         self.assertEqual(self.fleet.machines[0].release(), release)
+
+    def without_artifact(self) -> None:
+        """Until the end of the test: an inventory that does not name one."""
+        named = self.fleet.inventory
+        with open(named, encoding="utf-8") as file:
+            hosts = json.load(file)
+        del hosts["all"]["vars"]["handover_artifact"]
+        self.addCleanup(setattr, self.fleet, "inventory", named)
+        self.fleet.inventory = write(f"{LAB}/without-artifact.yml", json.dumps(hosts))
+
+    def test_a_staged_release_is_gone_back_to_without_its_artifact(self) -> None:
+        first, second = self.fleet.build("first"), self.fleet.build("second")
+        options = ("--limit", "web1")
+        for release in (first, second):
+            played = self.fleet.play("rollout", *options, release=release)
+            self.assertEqual(played.code, 0, played.text)
+        shutil.rmtree(f"{LAB}/artifacts/{first}")
+        self.without_artifact()
+        played = self.fleet.play("rollout", *options, release=first)
+        self.assertEqual(played.code, 0, played.text)
+        self.assertEqual((self.fleet.machines[0].release(), self.fleet.machines[0].linked()), (first, first))
+
+        for more in ((), ("--check",)):
+            played = self.fleet.play("rollout", *options, *more, release="never-staged")
+            self.assertEqual(played.code, 2, played.text)
+            self.assertIn("name its artifact", played.text)
+        self.assertEqual((self.fleet.machines[0].release(), self.fleet.machines[0].linked()), (first, first))
 
     def test_a_service_of_which_two_must_never_run_at_once_is_restarted(self) -> None:
         release = self.fleet.build("restarted")
