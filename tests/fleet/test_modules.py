@@ -11,7 +11,7 @@ import tempfile
 import unittest
 from typing import Any, Dict
 
-from base import BIN, LAB, run, write
+from base import BIN, LAB, run, wait_for, write
 
 LIBRARY = os.path.abspath("scripts/ansible/roles/handover/library")
 
@@ -62,6 +62,62 @@ esac
                         handover=command)
         self.assertTrue(answer.get("failed"), answer)
         self.assertRegex(answer["msg"], "^two is too many\nThe link is back")
+
+
+# Logs how it is called; a reload ends as the line behind this has it.
+NGINX = """#!/bin/sh
+echo "$*" >>"$0.log"
+test "$*" = "-s reload" || exit 0
+"""
+
+
+class Nginx(Case):
+    """The file that marks its servers, and a fake command."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.upstream = self.file("upstream", "upstream app {\n    server 10.0.0.1:80;\n}\n")
+        # A process with no child that is called a worker: there is none to wait for.
+        self.pid_file = self.file("pid", f"{os.getpid()}\n")
+
+    def text(self) -> str:
+        with open(self.upstream, encoding="utf-8") as file:
+            return file.read()
+
+    def play(self, state: str, reload: str, file: str = "") -> Dict[str, Any]:
+        """And how a reload ends then."""
+        command = self.file("nginx", f"{NGINX}{reload}\n", 0o755)
+        return module("handover_balancer", kind="nginx", state=state, server="10.0.0.1:80", timeout=1,
+                      file=file or self.upstream, command=[command], pid_file=self.pid_file)
+
+    def reloads(self) -> int:
+        with open(f"{self.directory}/nginx.log", encoding="utf-8") as file:
+            return file.read().count("-s reload")
+
+    def test_a_reload_that_fails_leaves_the_file_as_it_was(self) -> None:
+        before = self.text()
+        answer = self.play("drained", "echo no such process; exit 1")
+        self.assertIn("no such process", answer["msg"])
+        self.assertEqual(self.text(), before)
+        # So that it is not taken for done.
+        self.assertTrue(self.play("drained", "exit 0")["changed"])
+        self.assertIn("server 10.0.0.1:80 down;", self.text())
+
+        answer = self.play("serving", "exit 1")
+        self.assertTrue(answer.get("failed"), answer)
+        self.assertTrue(self.play("serving", "exit 0")["changed"])
+        self.assertEqual(self.text(), before)
+
+    def test_a_reload_that_is_late_is_followed_by_one_with_the_file_as_it_was(self) -> None:
+        before = self.text()
+        worker = subprocess.Popen(["bash", "-c", "exec -a 'nginx: worker process' sleep 60"])
+        self.addCleanup(worker.wait)
+        self.addCleanup(worker.kill)
+        title = f"/proc/{worker.pid}/cmdline"
+        wait_for("it is called so", lambda: run("cat", title).stdout.startswith("nginx"))
+        answer = self.play("drained", "exit 0")
+        self.assertIn("has not taken its configuration", answer["msg"])
+        self.assertEqual((self.text(), self.reloads()), (before, 2))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,15 @@ class Nginx:
             except Trouble:
                 self.write(before)
                 raise
-            self.reload()
+            try:
+                self.reload()
+            except Trouble:
+                # Else the next one would find the file right, and take it for done.
+                self.write(before)
+                # It may have been late only.
+                with contextlib.suppress(Trouble):
+                    self.run("-s", "reload")
+                raise
         return True
 
     def reload(self):
