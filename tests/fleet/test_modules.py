@@ -119,6 +119,13 @@ class Nginx(Case):
         self.assertIn("has not taken its configuration", answer["msg"])
         self.assertEqual((self.text(), self.reloads()), (before, 2))
 
+    def test_a_link_to_the_file_stays_a_link(self) -> None:
+        link = f"{self.directory}/enabled"
+        os.symlink("upstream", link)
+        self.assertTrue(self.play("drained", "exit 0", file=link)["changed"])
+        self.assertTrue(os.path.islink(link))
+        self.assertIn("server 10.0.0.1:80 down;", self.text())
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -142,11 +142,13 @@ class Nginx:
             raise Trouble(f"cannot find nginx by {self.pid_file}: {error.strerror} (is it running?)") from error
 
     def write(self, text):
-        beside = f"{self.file}.{os.getpid()}"
+        # A link, as in sites-enabled, stays one.
+        path = os.path.realpath(self.file)
+        beside = f"{path}.{os.getpid()}"
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(beside, os.stat(self.file).st_mode & 0o7777)
-        os.replace(beside, self.file)
+        os.chmod(beside, os.stat(path).st_mode & 0o7777)
+        os.replace(beside, path)
 
     def run(self, *options):
         try:
