@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import unittest
@@ -125,6 +127,73 @@ class Nginx(Case):
         self.assertTrue(self.play("drained", "exit 0", file=link)["changed"])
         self.assertTrue(os.path.islink(link))
         self.assertIn("server 10.0.0.1:80 down;", self.text())
+
+
+class Haproxy(Case):
+    """A real one, whose servers nobody is: its health checks fail."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.socket = f"{self.directory}/socket"
+        configuration = self.file("configuration", f"""global
+    stats socket {self.socket} level admin
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 1s
+    timeout server 1s
+backend app
+    server web1 127.0.0.1:1 check inter 50ms
+    server web2 127.0.0.1:1 check inter 50ms disabled
+""")
+        process = subprocess.Popen(["haproxy", "-db", "-f", configuration], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        wait_for("HAProxy serves", lambda: os.path.exists(self.socket))
+
+    def ask(self, command: str) -> str:
+        with socket.socket(socket.AF_UNIX) as stream:
+            stream.connect(self.socket)
+            stream.sendall(command.encode() + b"\n")
+            return b"".join(iter(lambda: stream.recv(65536), b"")).decode()
+
+    def status(self, server: str = "web1") -> str:
+        rows = csv.DictReader(self.ask("show stat").lstrip("# ").splitlines())
+        return next(row["status"] for row in rows if row["svname"] == server)
+
+    def is_drained(self) -> bool:
+        """By the flag itself, which the status does not show while the server is down."""
+        head, row = [line.split() for line in self.ask("show servers state app").splitlines()[1:3]]
+        return bool(int(row[head.index("srv_admin_state") - 1]) & 0x08)
+
+    def play(self, state: str, server: str = "web1", **more: Any) -> Dict[str, Any]:
+        return module("handover_balancer", kind="haproxy", state=state, server=f"app/{server}", file=self.socket,
+                      **more)
+
+    def test_a_server_that_is_down_is_put_back(self) -> None:
+        wait_for("it is down", lambda: self.status() == "DOWN")
+        for state, drained in (("drained", True), ("serving", False)):
+            self.assertTrue(self.play(state, _ansible_check_mode=True)["changed"])
+            self.assertEqual(self.is_drained(), not drained)
+            self.assertTrue(self.play(state)["changed"])
+            self.assertEqual((self.status(), self.is_drained()), ("DOWN", drained))
+            self.assertFalse(self.play(state)["changed"])
+
+    def test_a_server_in_maintenance_is_left_there(self) -> None:
+        self.ask("set server app/web1 state maint")
+        for server in ("web1", "web2"):
+            for state in ("drained", "serving"):
+                answer = self.play(state, server)
+                self.assertTrue(answer.get("failed"), answer)
+                self.assertIn("is in maintenance", answer["msg"])
+            self.assertEqual(self.status(server), "MAINT")
+
+    def test_a_server_that_is_not_there_is_told(self) -> None:
+        for server, of in (("web7", "app"), ("web1", "other")):
+            answer = module("handover_balancer", kind="haproxy", state="drained", server=f"{of}/{server}",
+                            file=self.socket)
+            self.assertIn(f"knows of no server `{of}/{server}`", answer["msg"])
 
 
 if __name__ == "__main__":

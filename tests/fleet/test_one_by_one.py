@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import unittest
 
+from base import wait_for
 from lab import Case
+from machine import HERE
 
 
 class OneByOne(Case):
     def all_are_back(self) -> None:
         self.assertEqual(self.fleet.nginx.marked_down(), 0)
-        self.assertNotIn("DRAIN", self.fleet.haproxy.states())
+        # While a server is down its status does not tell whether it is drained.
+        wait_for("none is down any more", lambda: "DOWN" not in "".join(self.fleet.haproxy.states()))
+        self.assertNotIn("DRAIN", "".join(self.fleet.haproxy.states()))
 
     def test_hard_restarts_lose_nothing_of_an_empty_machine(self) -> None:
         # A reload of nginx closes connections of clients that are silent at the moment: docs/fleet.md.
@@ -48,6 +52,18 @@ class OneByOne(Case):
         self.assertEqual(played.code, 2, played.text)
         self.assertIn("cannot be reached any more", played.text)
         self.assertEqual(sorted(played.counts), ["web1"], played.text)
+        self.all_are_back()
+
+    def test_a_machine_that_its_balancer_takes_for_down_is_put_back_too(self) -> None:
+        machine = self.fleet.machines[0]
+        stop = f"systemctl kill --signal=KILL {machine.scope}; systemctl stop {machine.scope}; sleep 3"
+        try:
+            played = self.fleet.play("one-by-one", "--limit", machine.name, work=f"'{stop}'", health="''")
+            state = self.fleet.haproxy.states()[0]
+        finally:
+            machine.inside(f"{HERE}/files/hard-restart")
+        self.assertEqual(played.code, 0, played.text)
+        self.assertEqual(state, "DOWN")
         self.all_are_back()
 
 

@@ -75,6 +75,8 @@ PAUSE_SECONDS = 0.1
 ANSWER_SECONDS = 10
 ANSWER_BYTES_MAX = 4 << 20
 ESTABLISHED = "01"
+# Bits of HAProxy's `srv_admin_state`, for what `set server` has asked for.
+FORCED_MAINTENANCE, FORCED_DRAIN = 0x01, 0x08
 
 
 class Trouble(Exception):
@@ -173,8 +175,11 @@ class Haproxy:
         self.file, self.server = parameters["file"], parameters["server"]
 
     def set(self, drained, check_mode):
-        drains = "DRAIN" in self.row()["status"]
-        if drains == drained:
+        forced = self.forced()
+        if forced & FORCED_MAINTENANCE:
+            raise Trouble(f"{self.server} is in maintenance, and whoever has put it there may be at work on it: "
+                          f"`set server {self.server} state ready` puts it back")
+        if bool(forced & FORCED_DRAIN) == drained:
             return False
         if not check_mode:
             answer = self.ask(f"set server {self.server} state {'drain' if drained else 'ready'}")
@@ -185,10 +190,19 @@ class Haproxy:
     def in_flight(self):
         return int(self.row()["scur"]) + int(self.row()["qcur"])
 
+    def forced(self):
+        """What it was told to do with the server. The status does not show a drain while the server is down."""
+        backend = self.server.partition("/")[0]
+        # The first line is the version of the format.
+        lines = [line.lstrip("# ") for line in self.ask(f"show servers state {backend}").splitlines()[1:]]
+        return int(self.own(csv.DictReader(lines, delimiter=" "), "be_name", "srv_name")["srv_admin_state"])
+
     def row(self):
-        backend, _, server = self.server.partition("/")
-        for row in csv.DictReader(self.ask("show stat").lstrip("# ").splitlines()):
-            if (row["pxname"], row["svname"]) == (backend, server):
+        return self.own(csv.DictReader(self.ask("show stat").lstrip("# ").splitlines()), "pxname", "svname")
+
+    def own(self, rows, backend, server):
+        for row in rows:
+            if f"{row[backend]}/{row[server]}" == self.server:
                 return row
         raise Trouble(f"{self.file} knows of no server `{self.server}` (write backend/server)")
 
