@@ -82,6 +82,23 @@ class Upgrade(Case):
         self.assertEqual(played.counts["web3"]["unreachable"], 1, played.text)
         self.assertEqual((self.fleet.releases(), self.fleet.links(), self.fleet.generations()), before)
 
+    def test_a_machine_that_dies_while_it_is_upgraded_stops_the_next_batches(self) -> None:
+        dies, beside, last = self.fleet.machines[1:]
+        before = last.release()
+        release = self.fleet.build("died")
+        # It stops answering in the middle of the module.
+        health = f"ip address show eth0 | grep -q {dies.address}/ || exit 0; ip link set eth0 down"
+        try:
+            played = self.fleet.play("rollout", release=release, serial="[1,2,1]", health=f"'{health}'")
+        finally:
+            dies.inside("ip", "link", "set", "eth0", "up")
+        self.assertNotEqual(played.code, 0, played.text)
+        self.assertEqual(played.counts[dies.name]["failed"], 1, played.text)
+        self.assertIn("cannot be reached any more", played.text)
+        # The batch has ended.
+        self.assertEqual((beside.release(), last.release()), (release, before), played.text)
+        self.assertEqual(played.text.count("PLAY [Upgrade]"), 2, played.text)
+
     def test_a_play_that_is_killed_half_way_is_run_again(self) -> None:
         release = self.fleet.build("killed")
         load = self.load()
