@@ -4,7 +4,7 @@
 //! specified in `docs/protocol.md`.
 
 mod client;
-mod directory;
+pub(crate) mod directory;
 mod find;
 pub(crate) mod messages;
 pub(crate) mod server;

@@ -15,10 +15,11 @@ use nix::poll::{PollFd, PollFlags};
 use crate::config::{Config, ControlSocket};
 use crate::connections::Guard;
 use crate::control::server::Server;
-use crate::control::{Outcome, ResultEvent, UpgradeRequest};
+use crate::control::{Outcome, ResultEvent, UpgradeRequest, directory};
 use crate::engine::{Command, Engine, SignalPipe};
 use crate::error::{Error, ErrorKind};
-use crate::inherit::{receive, socket_activation};
+use crate::inherit::receive::{self, Spawned};
+use crate::inherit::socket_activation;
 use crate::listeners::{Address, TcpOptions, UnixOptions, Wanted, WantedOptions};
 use crate::net::{TcpListener, UdpSocket, UnixDatagram, UnixListener};
 use crate::protocol::{Claims, Kind};
@@ -74,16 +75,20 @@ impl Handover {
         let started = Started::of_this_process();
         // Before anything else: from here on a signal is not lost, and does not kill.
         let mut signals = SignalPipe::install(&config.signals, &started.ignored)?;
-        let mut handed = receive::from_environment(signals.as_mut())?;
-        if let (None, Some(target)) = (&handed, &config.take_over_from) {
-            handed = Some(receive::by_pull(target)?);
-        }
-        let activated = socket_activation::from_environment();
-        let server = match &config.control {
-            ControlSocket::Default => Some(Server::bind(None)?),
-            ControlSocket::In(directory) => Some(Server::bind(Some(directory))?),
+        let directory = match &config.control {
+            ControlSocket::Default => Some(directory::default_path()),
+            ControlSocket::In(directory) => Some(directory.clone()),
             ControlSocket::Off => None,
         };
+        // While the old process of a restart serves.
+        directory.as_deref().map_or(Ok(()), directory::prepare)?;
+        let mut handed = match receive::from_environment(signals.as_mut())? {
+            Spawned::ForHandover(handed) => Some(*handed),
+            Spawned::AndAlone => None,
+            Spawned::ByAnybody => config.take_over_from.as_ref().map(receive::by_pull).transpose()?,
+        };
+        let activated = socket_activation::from_environment();
+        let server = directory.as_deref().map(|directory| Server::bind(Some(directory))).transpose()?;
         let parts = handed.as_mut().map(|handed| &mut handed.parts);
         let shared = Arc::new(Shared::new(config, started, parts, activated)?);
         let engine = Engine::new(shared.clone(), handed, server, signals);

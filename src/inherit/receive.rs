@@ -59,13 +59,18 @@ pub(crate) struct HandedParts {
     pub(crate) restart: Option<Restart>,
 }
 
-/// The handover that this process was spawned for, if it was.
-///
-/// `None` also when the old process died before it had handed everything over: then this process is a first generation.
+/// What this process was spawned for.
+pub(crate) enum Spawned {
+    ForHandover(Box<Handed>),
+    /// The old process died before it had handed everything over: this one is a first generation.
+    AndAlone,
+    ByAnybody,
+}
+
 /// In a restart this returns when the old process has ended.
-pub(crate) fn from_environment(signals: Option<&mut SignalPipe>) -> Result<Option<Handed>, Error> {
+pub(crate) fn from_environment(signals: Option<&mut SignalPipe>) -> Result<Spawned, Error> {
     const TRIED: &str = "take the handover of the old process";
-    let Some(stream) = channel_from_environment() else { return Ok(None) };
+    let Some(stream) = channel_from_environment() else { return Ok(Spawned::ByAnybody) };
     let old = getsockopt(&stream, PeerCredentials).map_err(io::Error::from);
     let old = old.and_then(|old| sys::pidfd_of_peer(stream.as_fd(), Pid::from_raw(old.pid())));
     let mut handed = receive(stream, None, &old, TRIED)?;
@@ -81,7 +86,7 @@ pub(crate) fn from_environment(signals: Option<&mut SignalPipe>) -> Result<Optio
         give_up_dead_stderr();
         log::warn!("the old process died before it had handed over its listeners: starting afresh");
     }
-    Ok(handed)
+    Ok(handed.map_or(Spawned::AndAlone, |handed| Spawned::ForHandover(Box::new(handed))))
 }
 
 /// The old process is dead, and has not given us the stderr that was to replace the pipe to it: nobody reads that any

@@ -36,13 +36,17 @@ struct Old {
 impl Old {
     /// Starts the fixture as the new build of a process that is this test.
     fn start() -> (Self, Home, Child) {
+        Self::start_with("")
+    }
+
+    fn start_with(options: &str) -> (Self, Home, Child) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let home = Home::new();
         let inode = nix::sys::stat::fstat(&theirs).unwrap().st_ino;
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         // As fd 0 first, which a test can pass without unsafe code.
         let script = format!(
-            "exec 3<&0 0</dev/null; HANDOVER_FD=3:{inode} exec {} --tcp http={} --linger 100ms --trial 100ms",
+            "exec 3<&0 0</dev/null; HANDOVER_FD=3:{inode} exec {} --tcp http={} --linger 100ms --trial 100ms {options}",
             fixture().display(),
             listener.local_addr().unwrap()
         );
@@ -147,6 +151,14 @@ fn serves_as_the_first(old: Old, home: Home, child: Child) {
 #[test]
 fn dead_before_its_offer() {
     let (old, home, child) = Old::start();
+    serves_as_the_first(old, home, child);
+}
+
+/// As the first generation was started, whose arguments an upgrade repeats. What it took over from is long gone.
+#[test]
+fn dead_before_its_offer_in_a_service_that_took_over_from_another() {
+    let nobody = std::process::id();
+    let (old, home, child) = Old::start_with(&format!("--take-over {nobody}"));
     serves_as_the_first(old, home, child);
 }
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::process::Stdio;
 
 use handover::control::State;
@@ -205,6 +205,20 @@ fn a_new_build_that_says_that_it_is_starting_has_its_time() {
     let lines = server.restart(&arguments).exits_with(0).json();
     let starting: Vec<&Value> = lines.iter().filter(|line| line["stage"] == "starting").collect();
     assert_eq!((starting.len(), &starting[5]["reason"]), (6, &"step 6".into()));
+}
+
+/// It is looked at while there is still somebody who serves.
+#[test]
+fn a_new_build_whose_control_directory_is_wrong_changes_nothing() {
+    let server = locked(&[]);
+    let wrong = server.home.path("open-to-all");
+    fs::create_dir(&wrong).unwrap();
+    fs::set_permissions(&wrong, fs::Permissions::from_mode(0o777)).unwrap();
+    let directory = format!("HANDOVER_DIR={}", wrong.display());
+    let run = server.restart(&["--env", &directory]).exits_with(1);
+    run.complains("others may write to it (mode 0777)").complains("serves on");
+    assert_eq!(server.generation(), 1);
+    server.restart(&[]).exits_with(0);
 }
 
 /// Its threads hang: the operator's case at three in the morning.
