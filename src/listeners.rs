@@ -456,6 +456,17 @@ impl Listeners {
         }
     }
 
+    /// For a supervisor, whose program is given all that a service manager passes of its own: systemd has one name for all
+    /// sockets of a unit.
+    #[cfg(feature = "cli")]
+    pub(crate) fn pass_on_activated(&mut self, gate: &Gate) {
+        let is_passed = |place: &mut Option<Inherited>| place.take_if(|one| one.activated);
+        let passed: Vec<Inherited> = self.inherited.iter_mut().filter_map(is_passed).collect();
+        for one in passed {
+            self.enter(entry_of(one, gate));
+        }
+    }
+
     /// Deals with what nobody has claimed; for the end of the trial, as above.
     pub(crate) fn settle_unclaimed(&mut self, policy: Unclaimed, gate: &Gate) {
         for inherited in std::mem::take(&mut self.inherited).into_iter().flatten() {

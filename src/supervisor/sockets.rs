@@ -29,11 +29,10 @@ use crate::systemd::{Notifier, STORE_TIMEOUT};
 pub(super) const FIRST_FD: i32 = 3;
 
 pub(super) struct Sockets {
+    /// In the order in which they were named, which is that of their numbers in the program. Several may have one name.
     listeners: Listeners,
     /// Always open: it is the program that accepts.
     gate: Gate,
-    /// In the order in which they were named, which is that of their numbers in the program.
-    names: Vec<String>,
     /// What the program has bound by itself.
     pub(super) kept: Kept,
     /// Of those that were closed.
@@ -55,7 +54,6 @@ impl Sockets {
             kept.take_stored(one).map_err(|error| Error::io(format!("go on with socket `{name}`"), error))?;
         }
         let mut listeners = Listeners::new(passed, true);
-        let mut names = Vec::new();
         for (number, one) in (1..).zip(wanted) {
             let name = one.name.clone().unwrap_or_else(|| format!("socket-{number}"));
             let options = match one.kind {
@@ -65,12 +63,10 @@ impl Sockets {
             };
             let wanted = Wanted { name: &name, kind: one.kind, address: one.address.clone(), options };
             listeners.claim(&wanted, &gate)?;
-            names.push(name);
         }
+        listeners.pass_on_activated(&gate);
         listeners.settle_unclaimed(Unclaimed::Keep, &gate);
-        let passed = listeners.entries().map(|entry| entry.name.clone()).filter(|name| !names.contains(name));
-        names.extend(passed.collect::<Vec<_>>());
-        let sockets = Self { listeners, gate, names, kept, paths: vec![], closed: vec![] };
+        let sockets = Self { listeners, gate, kept, paths: vec![], closed: vec![] };
         for entry in sockets.entries() {
             let set = entry.socket.fd().map_or(Ok(()), |fd| SockRef::from(&fd).set_nonblocking(non_blocking));
             set.map_err(|error| Error::io(format!("prepare listener `{}`", entry.name), error))?;
@@ -91,18 +87,17 @@ impl Sockets {
     pub(super) fn resume(saved: Vec<SavedSocket>, kept: Vec<SavedKept>) -> io::Result<Self> {
         let gate = Gate::new(|| {})?;
         gate.open();
-        let names = saved.iter().map(|one| one.offered.name.clone()).collect();
         let inherited = saved.into_iter().map(SavedSocket::take).collect::<io::Result<_>>()?;
         let listeners = Listeners::resumed(inherited, &gate);
-        Ok(Self { listeners, gate, names, kept: Kept::resume(kept)?, paths: vec![], closed: vec![] })
+        Ok(Self { listeners, gate, kept: Kept::resume(kept)?, paths: vec![], closed: vec![] })
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.names.is_empty()
+        self.entries().len() == 0
     }
 
-    fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.names.iter().filter_map(|name| self.listeners.entries().find(|entry| entry.name == *name))
+    fn entries(&self) -> impl ExactSizeIterator<Item = &Entry> {
+        self.listeners.entries()
     }
 
     /// In the order of their numbers; none once they are closed.
@@ -172,13 +167,14 @@ impl Sockets {
 
     /// What tells a program of them: systemd's variables, and those of other supervisors.
     pub(super) fn environment(&self, generation: u64) -> Vec<(String, String)> {
-        let count = self.names.len();
+        let names: Vec<&str> = self.entries().map(|entry| entry.name.as_str()).collect();
+        let count = names.len();
         if count == 0 {
             return vec![];
         }
         let mut variables = vec![
             ("LISTEN_FDS".to_owned(), count.to_string()),
-            ("LISTEN_FDNAMES".to_owned(), self.names.join(":")),
+            ("LISTEN_FDNAMES".to_owned(), names.join(":")),
             ("EINHORN_FD_COUNT".to_owned(), count.to_string()),
             ("SERVER_STARTER_GENERATION".to_owned(), generation.to_string()),
         ];

@@ -5,6 +5,7 @@ mod crash;
 mod intercept;
 mod itself;
 mod library;
+mod passed;
 mod pid_one;
 mod ready;
 mod restart;
