@@ -27,6 +27,8 @@ const SETTLE_INTERVAL: Duration = Duration::from_millis(1);
 const CLOSED_INTERVAL: Duration = Duration::from_secs(5);
 /// How many times as long as a look the pause after it is at least.
 const CLOSED_COST: u32 = 200;
+/// Pids below that, which processes of a container have, are in many a name that means something else: `http2.sock`.
+const SMALL_PIDS: i32 = 300;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Answer {
@@ -378,8 +380,20 @@ fn is_of_one_process(address: &Address, pid: Pid) -> bool {
         Address::Abstract(name) => name,
         Address::Ip(_) => return false,
     };
-    let pid = pid.to_string();
-    name.split(|byte| !byte.is_ascii_digit()).any(|number| number == pid.as_bytes())
+    let number = pid.to_string();
+    let parts: Vec<&[u8]> = name.chunk_by(|byte, next| byte.is_ascii_digit() == next.is_ascii_digit()).collect();
+    let part = |place: Option<usize>| place.and_then(|place| parts.get(place)).copied().unwrap_or_default();
+    let mut places = parts.iter().enumerate().filter(|(_, part)| **part == number.as_bytes());
+    places.any(|(place, _)| {
+        pid.as_raw() >= SMALL_PIDS || is_surely_pid(part(place.checked_sub(1)), part(place.checked_add(1)))
+    })
+}
+
+/// By what stands before and behind the number: it is the whole name but for an extension, or `pid` stands before it, or
+/// dashes on both sides (.NET: `dotnet-diagnostic-PID-KEY-socket`).
+fn is_surely_pid(before: &[u8], behind: &[u8]) -> bool {
+    let is_stem = before.is_empty() && (behind.is_empty() || behind.starts_with(b"."));
+    is_stem || before.ends_with(b"pid") || (before.ends_with(b"-") && behind.starts_with(b"-"))
 }
 
 /// Whether the worker, or what it has started, has a socket with that inode. It is looked only if somebody asks.
@@ -417,6 +431,12 @@ mod tests {
         let is = |path: &str| is_of_one_process(&Address::unix(path.as_ref()), Pid::from_raw(812));
         assert!(is("/run/handover/812.sock") && is("/tmp/.java_pid812") && is("@app-812-control"));
         assert!(!is("/run/8123.sock") && !is("/run/812/app.sock") && !is("/run/app.sock"));
+        let in_container = |path: &str, pid: i32| is_of_one_process(&Address::unix(path.as_ref()), Pid::from_raw(pid));
+        assert!(in_container("/tmp/.java_pid7", 7) && in_container("/run/7.sock", 7) && in_container("@7", 7));
+        assert!(in_container("/tmp/dotnet-diagnostic-7-4711-socket", 7));
+        assert!(!in_container("/run/app-v2.sock", 2) && !in_container("/run/http2.sock", 2));
+        assert!(!in_container("/run/php/php8.2-fpm.sock", 8) && !in_container("/run/php/php8.2-fpm.sock", 2));
+        assert!(!in_container("/run/2nd.sock", 2) && !in_container("/run/.java_pid77", 7));
         assert!(!is_of_one_process(&Address::Ip("127.0.0.1:812".parse().unwrap()), Pid::from_raw(812)));
     }
 }
