@@ -9,6 +9,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -159,6 +160,18 @@ impl Inherited {
             _ => None,
         };
         Ok(Some(Self { path, activated: false, ..inherited }))
+    }
+
+    /// Whether this service has made a path for it that leads to no socket any more: a stop removes it, and what is stored
+    /// stays.
+    pub(crate) fn has_lost_its_path(&self) -> bool {
+        match &self.address {
+            Address::Path(path) if !self.activated => match std::fs::symlink_metadata(path) {
+                Ok(there) => !there.file_type().is_socket(),
+                Err(error) => matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory),
+            },
+            _ => false,
+        }
     }
 }
 

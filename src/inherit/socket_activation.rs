@@ -5,7 +5,7 @@ use std::env;
 use crate::listeners::Inherited;
 use crate::protocol::FDS_MAX;
 use crate::sys;
-use crate::systemd::name_in_store;
+use crate::systemd::{self, name_in_store};
 
 const FIRST_FD: i32 = 3;
 
@@ -40,6 +40,11 @@ pub(crate) fn from_environment() -> Vec<Inherited> {
             None => Inherited::activated(name.to_owned(), fd),
         });
         match inherited {
+            Ok(Some(inherited)) if inherited.has_lost_its_path() => {
+                log::warn!("no client finds `{name}` any more: {} is gone, so it is bound anew", inherited.address);
+                // The service manager is not to bring it again.
+                systemd::forget_stored(&inherited.name);
+            }
             Ok(Some(inherited)) => found.push(inherited),
             Ok(None) => log::warn!("`{name}` of LISTEN_FDS is not of a kind that handover serves: ignored"),
             Err(error) => log::warn!("`{name}` of LISTEN_FDS is ignored: {error}"),

@@ -2,19 +2,24 @@
 
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 
+use crate::client::ask_unix;
 use crate::home::{Home, fixture};
 use crate::server::{Server, fds_of};
 use crate::wait::eventually_equal;
 
 /// Starts the fixture with a listening socket as fd 3 and `variables` set by the shell, whose pid becomes its own.
-fn activated(listener: TcpListener, variables: &str, arguments: &[&str]) -> Server {
-    let home = Home::new();
+fn activated(listener: impl Into<OwnedFd>, variables: &str, arguments: &[&str]) -> Server {
+    activated_in(Home::new(), listener, variables, arguments)
+}
+
+fn activated_in(home: Home, listener: impl Into<OwnedFd>, variables: &str, arguments: &[&str]) -> Server {
     // Passed as fd 0, which a test can do without unsafe code.
     let script = format!("exec 3<&0 0</dev/null; export {variables}; exec {} \"$@\"", fixture().display());
     let arguments = [&["-c", &script, "sh", "--trial", "100ms"], arguments].concat();
     let mut command = home.logged("/bin/sh", &arguments);
-    command.stdin(OwnedFd::from(listener));
+    command.stdin(listener.into());
     Server::run(home, command)
 }
 
@@ -51,6 +56,20 @@ fn activated_without_names_and_upgraded() {
     server.upgrade(&[]).exits_with(0);
     assert_eq!((server.address(), source(&server).as_str()), (address, "handed-over"));
     assert_eq!(server.answerer().generation, 2);
+}
+
+/// The stop before has removed it, or systemd has with RuntimeDirectory=.
+#[test]
+fn a_stored_unix_socket_whose_path_is_gone_is_bound_anew() {
+    let home = Home::new();
+    let path = home.path("app.sock");
+    let stored = UnixListener::bind(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let asked = format!("app={}", path.display());
+    let server =
+        activated_in(home, stored, "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=handover.app", &["--unix", &asked]);
+    assert_eq!(source(&server), "bound");
+    assert_eq!(ask_unix(&path, "/").answerer().generation, 1);
 }
 
 #[test]

@@ -1,13 +1,54 @@
 //! Sockets that a service manager passes to the supervisor: those of its own `.socket` units, and what an earlier run has
 //! put into its store.
 
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
 
-use crate::client::{ask, get};
+use crate::client::{ask, ask_unix, get};
 use crate::exec::plain;
 use crate::home::{HANDOVER, Home};
 use crate::server::Server;
+use crate::wait::eventually_equal;
+
+/// Hears what it is told on NOTIFY_SOCKET. An fd that comes with it is closed, as systemd closes that of a barrier.
+struct Manager {
+    socket: UnixDatagram,
+    heard: Arc<Mutex<Vec<String>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Manager {
+    fn in_home(home: &Home) -> Self {
+        let socket = UnixDatagram::bind(home.path("notify")).unwrap();
+        let heard = Arc::new(Mutex::new(vec![]));
+        let (reads, writes) = (socket.try_clone().unwrap(), Arc::clone(&heard));
+        let thread = thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = reads.recv(&mut buffer) {
+                writes.lock().unwrap().push(String::from_utf8_lossy(&buffer[..length]).into_owned());
+            }
+        });
+        Self { socket, heard, thread: Some(thread) }
+    }
+
+    /// What of the store, in its order.
+    fn store(&self) -> Vec<String> {
+        let heard = self.heard.lock().unwrap();
+        let of_store = heard.iter().filter_map(|message| message.strip_prefix("FDSTORE"));
+        of_store.map(|message| message.replace("\nFDNAME=", " ")).collect()
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
 
 /// `handover exec` with one or two sockets from a service manager, once the program serves.
 fn exec(home: Home, sockets: Vec<OwnedFd>, names: &str, options: &[&str], program: &[&str]) -> Server {
@@ -58,4 +99,41 @@ fn several_of_one_name_are_all_passed_on() {
         server.upgrade(&["--wait", "drained"]).exits_with(0);
         each(3);
     }
+}
+
+/// `systemctl restart`: the stop removes the path, or systemd does with RuntimeDirectory=, and the store keeps the socket.
+#[test]
+fn a_stored_unix_socket_whose_path_is_gone_is_bound_anew() {
+    for name in ["handover.app", "handover.kept-1"] {
+        let home = Home::new();
+        let path = home.path("app.sock");
+        let stored = UnixListener::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let manager = Manager::in_home(&home);
+        let (listen, at) = (format!("app={}", path.display()), path.display().to_string());
+        let (options, program) = match name {
+            "handover.app" => (vec!["--listen", &listen], vec![]),
+            _ => (vec![], vec!["poll", &at]),
+        };
+        let options = [&options[..], &["--fd-store"]].concat();
+        let server = exec(home, vec![stored.into()], name, &options, &program);
+        assert_eq!(ask_unix(&path, "/").answerer().generation, 1);
+        // The name is the new one's from then on.
+        eventually_equal("what is stored", &vec![format!("REMOVE=1 {name}"), format!("=1 {name}")], || manager.store());
+        drop(server);
+    }
+}
+
+#[test]
+fn a_stored_unix_socket_whose_path_is_there_is_gone_on_with() {
+    let home = Home::new();
+    let path = home.path("app.sock");
+    let stored = UnixListener::bind(&path).unwrap();
+    let waits = UnixStream::connect(&path).unwrap();
+    let at = path.display().to_string();
+    let server = exec(home, vec![stored.into()], "handover.kept-1", &[], &["poll", &at]);
+    let mut waits = waits;
+    io::Write::write_all(&mut waits, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n").unwrap();
+    assert!(io::read_to_string(waits).unwrap().contains("gen=1 "));
+    drop(server);
 }
