@@ -162,11 +162,16 @@ impl Inherited {
         Ok(Some(Self { path, activated: false, ..inherited }))
     }
 
+    /// It came from the service manager's store.
+    fn is_stored(&self) -> bool {
+        self.source == Source::Activated && !self.activated
+    }
+
     /// Whether this service has made a path for it that leads to no socket any more: a stop removes it, and what is stored
     /// stays.
     pub(crate) fn has_lost_its_path(&self) -> bool {
         match &self.address {
-            Address::Path(path) if !self.activated => match std::fs::symlink_metadata(path) {
+            Address::Path(path) if self.is_stored() => match std::fs::symlink_metadata(path) {
                 Ok(there) => !there.file_type().is_socket(),
                 Err(error) => matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory),
             },
@@ -265,7 +270,7 @@ pub(crate) struct Listeners {
     names: HashMap<String, Name>,
     /// No other process serves what was inherited: the run that it comes from has ended.
     alone: bool,
-    /// Unclaimed and closed.
+    /// Unclaimed and closed, or claimed under another name.
     closed_names: Vec<String>,
 }
 
@@ -346,7 +351,12 @@ impl Listeners {
             return Err(error.mend("give each listener its own name"));
         }
         let entry = match self.take_inherited(wanted) {
-            Some(inherited) => keep(inherited, wanted, gate),
+            Some(inherited) => {
+                if inherited.is_stored() && inherited.name != wanted.name {
+                    self.closed_names.push(inherited.name.clone());
+                }
+                keep(inherited, wanted, gate)
+            }
             None => self.bind(wanted, gate)?,
         };
         Ok(self.enter(entry))
@@ -366,19 +376,27 @@ impl Listeners {
     }
 
     /// By name and address first. What a service manager passed may have no names, or one name for several sockets:
-    /// there the name is enough, or the address is.
+    /// there the name is enough, or the address is. What an earlier run has stored may have had another name.
     fn take_inherited(&mut self, wanted: &Wanted<'_>) -> Option<Inherited> {
         let fits = |one: &Inherited| one.fits(wanted);
         let named_by_manager = |one: &Inherited| one.kind == wanted.kind && one.activated;
         let found_by_manager = |one: &Inherited| one.activated && fits(one);
+        // Nothing else can be bound there.
+        let stored_there =
+            |one: &Inherited| one.is_stored() && one.kind == wanted.kind && one.address == wanted.address;
         let by_name = |suits: &dyn Fn(&Inherited) -> bool| {
             let (place, _) = self.of_name(wanted.name).find(|(_, one)| suits(one))?;
             Some(place)
         };
         let place = by_name(&fits)
             .or_else(|| by_name(&named_by_manager))
-            .or_else(|| self.inherited.iter().position(|one| one.as_ref().is_some_and(found_by_manager)))?;
+            .or_else(|| self.position(found_by_manager))
+            .or_else(|| self.position(stored_there))?;
         self.inherited.get_mut(place)?.take()
+    }
+
+    fn position(&self, suits: impl Fn(&Inherited) -> bool) -> Option<usize> {
+        self.inherited.iter().position(|one| one.as_ref().is_some_and(&suits))
     }
 
     fn bind(&mut self, wanted: &Wanted<'_>, gate: &Gate) -> Result<Entry, Error> {
@@ -421,7 +439,7 @@ impl Listeners {
             self.inherited[place] = None;
         }
         log::info!("listener `{}` moves to {}: the old one is closed", wanted.name, wanted.address);
-        let wait = if systemd::forget_stored(wanted.name) { FORGET_TIMEOUT } else { Duration::ZERO };
+        let wait = if systemd::forget_stored(&[wanted.name]) { FORGET_TIMEOUT } else { Duration::ZERO };
         let deadline = Instant::now() + wait;
         loop {
             match bind::bind(wanted) {
@@ -480,6 +498,12 @@ impl Listeners {
         }
     }
 
+    /// What nobody has claimed, for another to deal with.
+    #[cfg(feature = "cli")]
+    pub(crate) fn take_unclaimed(&mut self) -> Vec<Inherited> {
+        std::mem::take(&mut self.inherited).into_iter().flatten().collect()
+    }
+
     /// Deals with what nobody has claimed; for the end of the trial, as above.
     pub(crate) fn settle_unclaimed(&mut self, policy: Unclaimed, gate: &Gate) {
         for inherited in std::mem::take(&mut self.inherited).into_iter().flatten() {
@@ -496,8 +520,8 @@ impl Listeners {
         }
     }
 
-    /// Names of sockets that an earlier generation had and that are closed. A listener that was bound anew at another
-    /// address has such a name, too.
+    /// Names of sockets that an earlier generation had and that are closed, or have another name now. A listener that was
+    /// bound anew at another address has such a name, too.
     pub(crate) fn closed_names(&self) -> &[String] {
         &self.closed_names
     }

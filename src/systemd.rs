@@ -156,12 +156,17 @@ fn store_name(name: &str) -> Option<String> {
     (whole.is_ascii() && whole.len() <= STORE_NAME_BYTES_MAX).then_some(whole)
 }
 
-/// Takes a listener of an earlier run out of the store before this process is ready, and says whether anybody was told.
-pub(crate) fn forget_stored(name: &str) -> bool {
+/// Takes listeners of an earlier run out of the store before this process is ready, and says whether anybody was told.
+pub(crate) fn forget_stored(names: &[&str]) -> bool {
+    if names.is_empty() {
+        return false;
+    }
     let Some(notifier) = Notifier::from_environment() else { return false };
-    notifier.remove_from_store(name, Instant::now() + QUEUE_TIMEOUT);
+    let deadline = Instant::now() + STORE_TIMEOUT;
+    names.iter().for_each(|name| notifier.remove_from_store(name, deadline));
     if let Err(error) = notifier.barrier() {
-        log::warn!("the service manager has not confirmed that it forgets listener `{name}`: {error}");
+        let names = names.join("`, `");
+        log::warn!("the service manager has not confirmed that it forgets listener `{names}`: {error}");
     }
     true
 }

@@ -43,7 +43,7 @@ pub(crate) fn from_environment() -> Vec<Inherited> {
             Ok(Some(inherited)) if inherited.has_lost_its_path() => {
                 log::warn!("no client finds `{name}` any more: {} is gone, so it is bound anew", inherited.address);
                 // The service manager is not to bring it again.
-                systemd::forget_stored(&inherited.name);
+                systemd::forget_stored(&[&inherited.name]);
             }
             Ok(Some(inherited)) => found.push(inherited),
             Ok(None) => log::warn!("`{name}` of LISTEN_FDS is not of a kind that handover serves: ignored"),

@@ -126,6 +126,18 @@ fn what_a_service_manager_passes_is_found_by_name_or_by_address() {
     assert_eq!(new.claim(&tcp("admin", &second), &gate).unwrap().cookie, cookies[1]);
 }
 
+/// Nothing else can be bound there, and the service manager holds it under its old name.
+#[test]
+fn what_was_stored_under_another_name_is_found_by_its_address_alone() {
+    let named = handed_over(&[tcp("http", "127.0.0.1:0"), tcp("admin", "127.0.0.1:0")]);
+    let (address, cookie) = (named[0].address.to_string(), named[0].cookie);
+    let stored = named.into_iter().map(|inherited| Inherited::stored(inherited.name, inherited.fd).unwrap().unwrap());
+    let (mut new, gate) = (Listeners::new(stored.collect(), true), gate());
+    assert_ne!(new.claim(&tcp("any", "127.0.0.1:0"), &gate).unwrap().cookie, cookie);
+    assert_eq!(new.claim(&tcp("web", &address), &gate).unwrap().cookie, cookie);
+    assert_eq!(new.closed_names(), ["http"]);
+}
+
 #[test]
 fn the_policy_decides_about_what_is_unclaimed() {
     let mut closing = Listeners::new(handed_over(&[tcp("a", "127.0.0.1:0")]), false);

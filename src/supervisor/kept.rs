@@ -52,7 +52,7 @@ pub(super) struct KeptSocket {
     stage: Stage,
     /// No generation that was committed has it yet.
     is_new: bool,
-    /// A new build is not ready before it listens there.
+    /// A new build is not ready before it listens there. Otherwise only one that has it must.
     is_awaited: bool,
     since: Instant,
     next_look: Instant,
@@ -164,8 +164,7 @@ impl KeptSocket {
 }
 
 impl Kept {
-    /// What a service manager has kept for us, or nothing.
-    pub(super) fn is_name_of_ours(name: &str) -> bool {
+    fn is_name_of_ours(name: &str) -> bool {
         name.starts_with(NAME)
     }
 
@@ -298,9 +297,14 @@ impl Kept {
     pub(super) fn watched(&self) -> impl Iterator<Item = Watched> {
         let watched = |socket: &KeptSocket| {
             let address = Address::of(socket.fd.as_fd()).ok()?;
-            Some(Watched { name: socket.address.to_string(), inode: socket.inode, address })
+            Some(Watched {
+                name: socket.address.to_string(),
+                inode: socket.inode,
+                address,
+                is_awaited: socket.is_awaited,
+            })
         };
-        self.serving().filter(|socket| socket.is_awaited).filter_map(watched)
+        self.serving().filter_map(watched)
     }
 
     pub(super) fn await_only(&mut self, is_held: impl Fn(u64) -> bool) {
@@ -393,27 +397,49 @@ impl Kept {
         for SavedKept { name, any_port, path, fd: number } in saved {
             let fd = sys::fd_from_environment(number);
             let fd = fd.ok_or_else(|| io::Error::other(format!("`{name}` is not open")))?;
-            kept.go_on_with(name, fd, path, any_port)?;
+            kept.go_on_with(name, fd, path, any_port, true)?;
         }
         Ok(kept)
     }
 
-    /// One that a service manager has kept, if it is one of these.
-    pub(super) fn take_stored(&mut self, stored: Inherited) -> io::Result<()> {
+    /// Those that a service manager has kept, and how those are called there that get another name. The program may have no
+    /// use for them any more.
+    pub(super) fn take_stored(&mut self, mut all: Vec<Inherited>) -> io::Result<Vec<String>> {
+        let mut renamed = vec![];
+        // First those whose names must not be given once more.
+        all.sort_by_key(|stored| !Self::is_name_of_ours(&stored.name));
+        for mut stored in all {
+            if !Self::is_name_of_ours(&stored.name) {
+                let name = self.name(false);
+                renamed.push(std::mem::replace(&mut stored.name, name));
+            }
+            self.take_one_stored(stored)?;
+        }
+        Ok(renamed)
+    }
+
+    fn take_one_stored(&mut self, stored: Inherited) -> io::Result<()> {
         let any_port = stored.name.starts_with(NAME_OF_ANY_PORT);
         let path = match stored.address {
             Address::Path(path) => Some(path),
             _ => None,
         };
-        self.go_on_with(stored.name, stored.fd, path, any_port)
+        self.go_on_with(stored.name, stored.fd, path, any_port, false)
     }
 
-    fn go_on_with(&mut self, name: String, fd: OwnedFd, path: Option<PathBuf>, any_port: bool) -> io::Result<()> {
+    fn go_on_with(
+        &mut self,
+        name: String,
+        fd: OwnedFd,
+        path: Option<PathBuf>,
+        any_port: bool,
+        is_awaited: bool,
+    ) -> io::Result<()> {
         let of_name = name.trim_start_matches(|letter: char| !letter.is_ascii_digit()).parse().unwrap_or(0);
         self.count = self.count.max(of_name);
         let address = path.map_or_else(|| Address::of(fd.as_fd()), |path| Ok(Address::Path(path)))?;
         let socket = KeptSocket::new(name, fd, address, any_port, Stage::Bound)?;
-        self.sockets.extend(socket.map(|socket| KeptSocket { is_new: false, ..socket }));
+        self.sockets.extend(socket.map(|socket| KeptSocket { is_new: false, is_awaited, ..socket }));
         self.settle();
         Ok(())
     }

@@ -30,6 +30,8 @@ pub(super) struct Watched {
     pub(super) inode: u64,
     /// As the kernel names it.
     pub(super) address: Address,
+    /// Otherwise it counts only where the program has it.
+    pub(super) is_awaited: bool,
 }
 
 /// What was seen of one worker.
@@ -37,6 +39,8 @@ pub(super) struct Watched {
 pub(super) struct Look {
     /// Of the inodes asked for, those that are waited on.
     pub(super) waited_on: Vec<u64>,
+    /// And those that it has.
+    pub(super) held: Vec<u64>,
     /// Some of it could not be looked at.
     pub(super) denied: Option<io::Error>,
 }
@@ -57,8 +61,8 @@ impl Look {
     }
 
     /// And at connections that it has accepted, which takes longer: not where a great many are missing.
-    pub(super) fn at_connections(&mut self, worker: Pid, watched: &[Watched]) {
-        let missing: Vec<&Watched> = watched.iter().filter(|one| !self.waited_on.contains(&one.inode)).collect();
+    pub(super) fn at_connections(&mut self, worker: Pid, watched: &[&Watched]) {
+        let missing: Vec<&&Watched> = watched.iter().filter(|one| !self.waited_on.contains(&one.inode)).collect();
         for one in missing.iter().filter(|_| missing.len() <= BUSY_MAX) {
             if connections::open(&[worker], std::slice::from_ref(&one.address)) != [0] {
                 self.waited_on.push(one.inode);
@@ -74,6 +78,7 @@ impl Look {
         if held.is_empty() {
             return Ok(());
         }
+        self.held.extend(held.values());
         for (fd, _) in fds.iter().filter(|(_, link)| link.as_os_str() == "anon_inode:[eventpoll]") {
             let text = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
             self.waited_on.extend(in_epoll_set(&text).filter(|inode| inodes.contains(inode)));

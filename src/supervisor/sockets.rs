@@ -23,7 +23,7 @@ use crate::listeners::{
 };
 use crate::protocol::{Kind, OfferedListener, PathIdentity};
 use crate::sys;
-use crate::systemd::{Notifier, STORE_TIMEOUT};
+use crate::systemd::{self, Notifier, STORE_TIMEOUT};
 
 /// Where a program finds the first of them: `SD_LISTEN_FDS_START`.
 pub(super) const FIRST_FD: i32 = 3;
@@ -46,14 +46,7 @@ impl Sockets {
     pub(super) fn open(wanted: &[Listen], non_blocking: bool, intercept: bool) -> Result<Self, Error> {
         let gate = Gate::new(|| {}).map_err(|error| Error::io("prepare to listen", error))?;
         gate.open();
-        let is_kept = |one: &Inherited| intercept && !one.activated && Kept::is_name_of_ours(&one.name);
-        let (stored, passed): (Vec<_>, Vec<_>) = socket_activation::from_environment().into_iter().partition(is_kept);
-        let mut kept = Kept::default();
-        for one in stored {
-            let name = one.name.clone();
-            kept.take_stored(one).map_err(|error| Error::io(format!("go on with socket `{name}`"), error))?;
-        }
-        let mut listeners = Listeners::new(passed, true);
+        let mut listeners = Listeners::new(socket_activation::from_environment(), true);
         for (number, one) in (1..).zip(wanted) {
             let name = one.name.clone().unwrap_or_else(|| format!("socket-{number}"));
             let options = match one.kind {
@@ -65,7 +58,16 @@ impl Sockets {
             listeners.claim(&wanted, &gate)?;
         }
         listeners.pass_on_activated(&gate);
-        listeners.settle_unclaimed(Unclaimed::Keep, &gate);
+        let mut kept = Kept::default();
+        let mut forgotten = vec![];
+        if intercept {
+            // The program may bind it by itself.
+            let taken = kept.take_stored(listeners.take_unclaimed());
+            forgotten = taken.map_err(|error| Error::io("go on with the sockets of the fd store", error))?;
+        }
+        listeners.settle_unclaimed(Unclaimed::Close, &gate);
+        forgotten.extend_from_slice(listeners.closed_names());
+        systemd::forget_stored(&forgotten.iter().map(String::as_str).collect::<Vec<_>>());
         let sockets = Self { listeners, gate, kept, paths: vec![], closed: vec![] };
         for entry in sockets.entries() {
             let set = entry.socket.fd().map_or(Ok(()), |fd| SockRef::from(&fd).set_nonblocking(non_blocking));
@@ -119,7 +121,7 @@ impl Sockets {
     pub(super) fn watched(&self) -> Vec<Watched> {
         let watched = |entry: &Entry| {
             let inode = inode_of(entry.socket.fd()?.as_fd()).ok()?;
-            Some(Watched { name: entry.name.clone(), inode, address: entry.address.clone() })
+            Some(Watched { name: entry.name.clone(), inode, address: entry.address.clone(), is_awaited: true })
         };
         self.entries().filter_map(watched).chain(self.kept.watched()).collect()
     }

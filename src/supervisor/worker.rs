@@ -234,8 +234,10 @@ impl Worker {
     fn is_seen(&mut self, listeners: &[Watched]) -> Option<String> {
         let inodes: Vec<u64> = listeners.iter().map(|one| one.inode).collect();
         let mut look = Look::at(self.pid, &inodes);
+        let counts = |one: &&Watched| one.is_awaited || look.held.contains(&one.inode);
+        let listeners: Vec<&Watched> = listeners.iter().filter(counts).collect();
         if self.spawned.elapsed() > BUSY_AFTER {
-            look.at_connections(self.pid, listeners);
+            look.at_connections(self.pid, &listeners);
         }
         let missing = listeners.iter().filter(|one| !look.waited_on.contains(&one.inode));
         self.missing = missing.map(|one| one.name.clone()).collect();

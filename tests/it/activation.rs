@@ -72,6 +72,17 @@ fn a_stored_unix_socket_whose_path_is_gone_is_bound_anew() {
     assert_eq!(ask_unix(&path, "/").answerer().generation, 1);
 }
 
+/// The unit calls it something else now.
+#[test]
+fn a_stored_socket_is_found_by_its_address_under_another_name() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let variables = "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=handover.http";
+    let server = activated(listener, variables, &["--tcp", &format!("web={address}")]);
+    assert_eq!(source(&server), "activated");
+    assert_eq!(crate::client::ask(address, "/").answerer().generation, 1);
+}
+
 #[test]
 fn sockets_meant_for_another_process_are_not_touched() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -12,7 +12,7 @@ use crate::client::{ask, ask_unix, get};
 use crate::exec::plain;
 use crate::home::{HANDOVER, Home};
 use crate::server::Server;
-use crate::wait::eventually_equal;
+use crate::wait::{eventually, eventually_equal};
 
 /// Hears what it is told on NOTIFY_SOCKET. An fd that comes with it is closed, as systemd closes that of a barrier.
 struct Manager {
@@ -40,6 +40,12 @@ impl Manager {
         let heard = self.heard.lock().unwrap();
         let of_store = heard.iter().filter_map(|message| message.strip_prefix("FDSTORE"));
         of_store.map(|message| message.replace("\nFDNAME=", " ")).collect()
+    }
+
+    #[track_caller]
+    fn forgets(&self, name: &str) {
+        let wanted = format!("REMOVE=1 {name}");
+        eventually(&wanted, || self.store().contains(&wanted).then_some(()));
     }
 }
 
@@ -75,6 +81,10 @@ fn exec(home: Home, sockets: Vec<OwnedFd>, names: &str, options: &[&str], progra
 fn bound() -> (SocketAddr, OwnedFd) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     (listener.local_addr().unwrap(), listener.into())
+}
+
+fn is_refused(address: SocketAddr) -> bool {
+    std::net::TcpStream::connect(address).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// systemd gives all sockets of a unit the name of that.
@@ -136,4 +146,63 @@ fn a_stored_unix_socket_whose_path_is_there_is_gone_on_with() {
     io::Write::write_all(&mut waits, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n").unwrap();
     assert!(io::read_to_string(waits).unwrap().contains("gen=1 "));
     drop(server);
+}
+
+/// The unit says another address now.
+#[test]
+fn a_stored_socket_that_the_program_does_not_bind_any_more_is_not_waited_for() {
+    let home = Home::new();
+    let manager = Manager::in_home(&home);
+    let ((old, stored), (new, free)) = (bound(), bound());
+    drop(free);
+    let server = exec(home, vec![stored], "handover.kept-1", &["--fd-store"], &["poll", &new.to_string()]);
+    assert_eq!(ask(new, "/").answerer().generation, 1);
+    eventually("clients of the old address that are refused", || is_refused(old).then_some(()));
+    manager.forgets("handover.kept-1");
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(server.serving().listeners.len(), 1);
+}
+
+#[test]
+fn a_stored_socket_that_is_not_named_any_more_is_closed_and_leaves_the_store() {
+    let home = Home::new();
+    let manager = Manager::in_home(&home);
+    let (old, stored) = bound();
+    let server = exec(home, vec![stored], "handover.old", &["--listen", "http=127.0.0.1:0", "--fd-store"], &[]);
+    assert_eq!((server.get("/env/LISTEN_FDS"), server.get("/env/LISTEN_FDNAMES")), ("1".into(), "http".into()));
+    assert!(is_refused(old));
+    manager.forgets("handover.old");
+}
+
+/// The unit has `--listen` no more, and the program binds the address itself.
+#[test]
+fn a_stored_socket_that_was_named_is_found_by_a_program_that_binds_it() {
+    let home = Home::new();
+    let manager = Manager::in_home(&home);
+    let (address, stored) = bound();
+    let server = exec(home, vec![stored], "handover.http", &["--fd-store"], &["poll", &address.to_string()]);
+    assert_eq!(get(address, "/env/LISTEN_FDS"), "");
+    eventually_equal(
+        "what is stored",
+        &vec!["REMOVE=1 handover.http".to_owned(), "=1 handover.kept-1".to_owned()],
+        || manager.store(),
+    );
+    server.upgrade(&["--wait", "drained"]).exits_with(0);
+    assert_eq!(ask(address, "/").answerer().generation, 2);
+}
+
+#[test]
+fn a_stored_socket_is_found_by_its_address_under_another_name() {
+    let home = Home::new();
+    let manager = Manager::in_home(&home);
+    let (address, stored) = bound();
+    let cookie = socket2::SockRef::from(&stored).cookie().unwrap();
+    let server = exec(home, vec![stored], "handover.http", &["--listen", &format!("web={address}"), "--fd-store"], &[]);
+    assert_eq!((get(address, "/env/LISTEN_FDNAMES"), server.serving().listeners[0].cookie), ("web".into(), cookie));
+    // systemd keeps a socket once: under its old name, until that is removed.
+    eventually_equal(
+        "what is stored",
+        &vec!["REMOVE=1 handover.http".to_owned(), "=1 handover.web".to_owned()],
+        || manager.store(),
+    );
 }
