@@ -3,6 +3,7 @@
 //! Each is a copy of the program's own socket, so its queue lives on whoever ends. A later generation that binds the same
 //! address is given it in place of its own.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -52,7 +53,8 @@ pub(super) struct KeptSocket {
     stage: Stage,
     /// No generation that was committed has it yet.
     is_new: bool,
-    /// A new build is not ready before it listens there. Otherwise only one that has it must.
+    /// No worker is ready before it waits there; or else only one that has it. A build that failed may have opened it, or a
+    /// program that has closed it again.
     is_awaited: bool,
     since: Instant,
     next_look: Instant,
@@ -94,7 +96,7 @@ impl KeptSocket {
             identity: None,
             stage,
             is_new: true,
-            is_awaited: true,
+            is_awaited: false,
             since,
             next_look: since + LOOK_INTERVAL_MIN,
             fd,
@@ -213,7 +215,9 @@ impl Kept {
 
     /// A server that is taken over listens on it.
     pub(super) fn take_over(&mut self, fd: OwnedFd, address: Address) -> io::Result<()> {
-        self.enter(fd, address, false, Stage::Bound)?;
+        let name = self.name(false);
+        let socket = KeptSocket::new(name, fd, address, false, Stage::Bound)?;
+        self.sockets.extend(socket.map(|socket| KeptSocket { is_awaited: true, ..socket }));
         self.settle();
         Ok(())
     }
@@ -313,6 +317,11 @@ impl Kept {
         }
     }
 
+    /// A build has failed. The one before is started again where it has ended, and has to open only what it was committed with.
+    pub(super) fn await_nothing_new(&mut self) {
+        self.sockets.iter_mut().filter(|socket| socket.is_new).for_each(|socket| socket.is_awaited = false);
+    }
+
     pub(super) fn addresses(&self) -> impl Iterator<Item = Address> {
         // As the kernel names them: a path may be relative to the directory of the program.
         self.serving().filter_map(|socket| Address::of(socket.fd.as_fd()).ok())
@@ -335,14 +344,15 @@ impl Kept {
         })
     }
 
-    /// What the generation that serves now has made of them. From now on none is new.
-    pub(super) fn take_stock(&mut self, is_held: impl Fn(u64) -> bool) -> Claims {
+    /// What the generation that serves now has made of them, if it is known what it has. From now on none is new.
+    pub(super) fn take_stock(&mut self, held: Option<&HashSet<u64>>) -> Claims {
         self.settle();
         let mut claims = Claims::default();
         for socket in self.sockets.iter_mut().filter(|socket| socket.serves()) {
             let is_new = std::mem::take(&mut socket.is_new);
-            socket.is_awaited = true;
-            let which = match is_held(socket.inode) {
+            let is_held = held.is_none_or(|held| held.contains(&socket.inode));
+            socket.is_awaited = held.map_or(socket.is_awaited, |_| is_held);
+            let which = match is_held {
                 true if is_new => &mut claims.added,
                 true => &mut claims.kept,
                 false => &mut claims.unclaimed,
@@ -377,6 +387,8 @@ impl Kept {
             any_port: socket.any_port,
             path: path(socket),
             fd: socket.fd.as_raw_fd(),
+            is_new: socket.is_new,
+            is_awaited: socket.is_awaited,
         };
         self.bound().map(saved).collect()
     }
@@ -394,10 +406,10 @@ impl Kept {
 
     pub(super) fn resume(saved: Vec<SavedKept>) -> io::Result<Self> {
         let mut kept = Self::default();
-        for SavedKept { name, any_port, path, fd: number } in saved {
-            let fd = sys::fd_from_environment(number);
-            let fd = fd.ok_or_else(|| io::Error::other(format!("`{name}` is not open")))?;
-            kept.go_on_with(name, fd, path, any_port, true)?;
+        for saved in saved {
+            let fd = sys::fd_from_environment(saved.fd);
+            let fd = fd.ok_or_else(|| io::Error::other(format!("`{}` is not open", saved.name)))?;
+            kept.go_on_with(fd, saved)?;
         }
         Ok(kept)
     }
@@ -424,22 +436,18 @@ impl Kept {
             Address::Path(path) => Some(path),
             _ => None,
         };
-        self.go_on_with(stored.name, stored.fd, path, any_port, false)
+        let fd = stored.fd.as_raw_fd();
+        let saved = SavedKept { name: stored.name, any_port, path, fd, is_new: false, is_awaited: false };
+        self.go_on_with(stored.fd, saved)
     }
 
-    fn go_on_with(
-        &mut self,
-        name: String,
-        fd: OwnedFd,
-        path: Option<PathBuf>,
-        any_port: bool,
-        is_awaited: bool,
-    ) -> io::Result<()> {
+    fn go_on_with(&mut self, fd: OwnedFd, saved: SavedKept) -> io::Result<()> {
+        let SavedKept { name, any_port, path, is_new, is_awaited, .. } = saved;
         let of_name = name.trim_start_matches(|letter: char| !letter.is_ascii_digit()).parse().unwrap_or(0);
         self.count = self.count.max(of_name);
         let address = path.map_or_else(|| Address::of(fd.as_fd()), |path| Ok(Address::Path(path)))?;
         let socket = KeptSocket::new(name, fd, address, any_port, Stage::Bound)?;
-        self.sockets.extend(socket.map(|socket| KeptSocket { is_new: false, is_awaited, ..socket }));
+        self.sockets.extend(socket.map(|socket| KeptSocket { is_new, is_awaited, ..socket }));
         self.settle();
         Ok(())
     }
@@ -453,6 +461,15 @@ pub(super) struct SavedKept {
     #[serde(with = "path::option")]
     path: Option<PathBuf>,
     fd: RawFd,
+    #[serde(default)]
+    is_new: bool,
+    #[serde(default = "is_awaited_unless_said")]
+    is_awaited: bool,
+}
+
+/// As all were for a build before this one.
+fn is_awaited_unless_said() -> bool {
+    true
 }
 
 /// By which a socket is known in `/proc`.

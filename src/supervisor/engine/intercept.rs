@@ -314,10 +314,12 @@ impl Supervisor {
         Some(held.into_iter().flatten().collect())
     }
 
-    /// What the generation that serves does not have the next one need not listen on.
+    /// What the generation that serves does not have the next one need not listen on. Where that cannot be seen, it is what it
+    /// was committed with.
     pub(super) fn await_what_is_held(&mut self) {
-        let held = self.held_by_all();
-        self.sockets.kept.await_only(|inode| held.as_ref().is_none_or(|held| held.contains(&inode)));
+        if let Some(held) = self.held_by_all() {
+            self.sockets.kept.await_only(|inode| held.contains(&inode));
+        }
     }
 
     /// Closes what no process of the generation that serves has, and says what that was.
@@ -335,8 +337,7 @@ impl Supervisor {
             return None;
         }
         let held = self.held_by_all();
-        let is_held = |inode| held.as_ref().is_none_or(|held| held.contains(&inode));
-        let claims = self.sockets.kept.take_stock(is_held);
+        let claims = self.sockets.kept.take_stock(held.as_ref());
         for address in &claims.unclaimed {
             log::info!(
                 "the new build does not listen on {address}: if it has not in {CLOSED_INTERVAL:?}, that is closed"

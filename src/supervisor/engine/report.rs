@@ -86,6 +86,7 @@ impl Supervisor {
     /// Ends the attempt. Its requester hears when nothing is left of the new build.
     pub(super) fn report(&mut self, outcome: Outcome, what: String, details: Option<ResultEvent>) {
         let Some(attempt) = self.attempt.take() else { return };
+        self.sockets.kept.await_nothing_new();
         let (pid, generation) = (std::process::id(), self.machine.generation());
         let verdict = match (outcome, attempt.verb) {
             (Outcome::RolledBack, _) => "rolled back",

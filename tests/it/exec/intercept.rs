@@ -23,6 +23,7 @@ use crate::wait::{LONG, eventually, eventually_equal};
 
 mod awkward;
 mod limits;
+mod new_ones;
 mod take_over;
 
 /// An address that no other test has, nor another run of them.
