@@ -276,6 +276,7 @@ impl Supervisor {
                 self.dispatch(source, events);
             }
             self.reap();
+            self.restore_modes();
             self.answer_waiting_calls();
             self.look_at_workers();
             self.on_time(Instant::now());

@@ -372,6 +372,11 @@ impl Kept {
         closed
     }
 
+    /// Cookie and fd.
+    pub(super) fn all(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>)> {
+        self.sockets.iter().map(|socket| (socket.cookie, socket.fd()))
+    }
+
     /// Where clients find those that have a path.
     pub(super) fn paths(&self) -> Vec<(PathBuf, PathIdentity)> {
         self.sockets.iter().filter_map(KeptSocket::path).collect()

@@ -1,5 +1,6 @@
 //! The listeners that the supervisor holds for its program, and how the program is told of them.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -39,6 +40,9 @@ pub(super) struct Sockets {
     paths: Vec<(PathBuf, PathIdentity)>,
     /// Where they were: the connections that they have led to are still to be counted.
     closed: Vec<Address>,
+    /// Cookies of those that block, as the generation that serves has them, until an upgrade is over. A new build has the same
+    /// sockets, and its mode is theirs.
+    blocking: HashSet<u64>,
 }
 
 impl Sockets {
@@ -68,7 +72,7 @@ impl Sockets {
         listeners.settle_unclaimed(Unclaimed::Close, &gate);
         forgotten.extend_from_slice(listeners.closed_names());
         systemd::forget_stored(&forgotten.iter().map(String::as_str).collect::<Vec<_>>());
-        let sockets = Self { listeners, gate, kept, paths: vec![], closed: vec![] };
+        let sockets = Self { listeners, gate, kept, paths: vec![], closed: vec![], blocking: HashSet::new() };
         for entry in sockets.entries() {
             let set = entry.socket.fd().map_or(Ok(()), |fd| SockRef::from(&fd).set_nonblocking(non_blocking));
             set.map_err(|error| Error::io(format!("prepare listener `{}`", entry.name), error))?;
@@ -91,7 +95,8 @@ impl Sockets {
         gate.open();
         let inherited = saved.into_iter().map(SavedSocket::take).collect::<io::Result<_>>()?;
         let listeners = Listeners::resumed(inherited, &gate);
-        Ok(Self { listeners, gate, kept: Kept::resume(kept)?, paths: vec![], closed: vec![] })
+        let kept = Kept::resume(kept)?;
+        Ok(Self { listeners, gate, kept, paths: vec![], closed: vec![], blocking: HashSet::new() })
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -165,6 +170,43 @@ impl Sockets {
             }
         }
         closed.iter().map(|socket| socket.address().to_string()).collect()
+    }
+
+    fn with_modes(&self, mut look: impl FnMut(u64, &SockRef<'_>)) {
+        for (entry, fd) in self.entries().filter_map(|entry| Some((entry, entry.socket.fd()?))) {
+            look(entry.cookie, &SockRef::from(&fd));
+        }
+        self.kept.all().for_each(|(cookie, fd)| look(cookie, &SockRef::from(&fd)));
+    }
+
+    /// An upgrade begins. What one before has left behind may still be set otherwise.
+    pub(super) fn remember_modes(&mut self) {
+        let mut blocking = std::mem::take(&mut self.blocking);
+        self.with_modes(|cookie, socket| {
+            if !socket.nonblocking().unwrap_or(true) {
+                blocking.insert(cookie);
+            }
+        });
+        self.blocking = blocking;
+    }
+
+    /// The new build serves: they are as that wants them.
+    pub(super) fn forget_modes(&mut self) {
+        self.blocking.clear();
+    }
+
+    pub(super) fn has_modes(&self) -> bool {
+        !self.blocking.is_empty()
+    }
+
+    /// The build that they were changed by is gone.
+    pub(super) fn restore_modes(&mut self) {
+        let blocking = std::mem::take(&mut self.blocking);
+        self.with_modes(|cookie, socket| {
+            if blocking.contains(&cookie) && socket.nonblocking().unwrap_or(false) {
+                let _ = socket.set_nonblocking(false);
+            }
+        });
     }
 
     /// What tells a program of them: systemd's variables, and those of other supervisors.

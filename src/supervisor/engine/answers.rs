@@ -138,6 +138,7 @@ impl Supervisor {
         }
         requester.client().into_iter().for_each(|client| self.accept(client));
         self.await_what_is_held();
+        self.sockets.remember_modes();
         let (begun, generation) = (Instant::now(), self.machine.next_generation());
         let terms = self.terms_of(&order, generation);
         let ready_delay = request.ready_delay();

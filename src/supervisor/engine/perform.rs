@@ -174,6 +174,7 @@ impl Supervisor {
                 pid_file.put_in_place();
             }
         }
+        self.sockets.forget_modes();
         let claims = self.take_stock();
         self.tell_server_to_stop();
         self.keep_listeners_in_store();

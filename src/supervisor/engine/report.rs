@@ -79,6 +79,15 @@ impl Supervisor {
         );
     }
 
+    /// A build that failed has made sockets non-blocking, and the one before may wait in `accept`. Not before all of it is gone: one
+    /// that polls must not block when another takes the connection.
+    pub(super) fn restore_modes(&mut self) {
+        let is_left = || self.machine.workers().any(|(_, worker)| worker.generation > self.machine.generation());
+        if self.sockets.has_modes() && self.attempt.is_none() && !is_left() {
+            self.sockets.restore_modes();
+        }
+    }
+
     fn machine_slot(&self, id: WorkerId) -> Option<usize> {
         self.workers.get(&id).map(|worker| worker.slot)
     }

@@ -257,3 +257,52 @@ fn a_path_below_another_root() {
     assert_eq!(server.sockets(), sockets);
     assert!(sockets.first().unwrap().0.ends_with("/jail/run/app.sock"));
 }
+
+/// Accepts one after the other. A later build has sockets that do not block, and fails.
+const BLOCKS: &str = r#"
+if os.environ["HANDOVER_GENERATION"] == "1":
+    listener = socket.create_server(address())
+    while True:
+        answer(listener)
+listener = socket.socket()
+listener.setblocking(False)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind(address())
+sys.exit(3)
+"#;
+
+/// The same, with a socket that it is given.
+const BLOCKS_ON_NAMED: &str = r#"
+listener = socket.socket(fileno=3)
+if os.environ["HANDOVER_GENERATION"] != "1":
+    listener.setblocking(False)
+    sys.exit(3)
+while True:
+    answer(listener)
+"#;
+
+/// The mode is that of the socket, which both builds have.
+#[test]
+fn a_build_that_fails_leaves_the_mode_of_the_sockets_as_it_was() {
+    blocks_on(own_address(), &[], BLOCKS);
+    let address = own_address();
+    blocks_on(address, &["--listen", &address.to_string()], BLOCKS_ON_NAMED);
+}
+
+#[track_caller]
+fn blocks_on(address: SocketAddr, options: &[&str], text: &str) {
+    let server = exec_in(Home::new(), options, &["python3", "-c", &script(text), &address.to_string()]);
+    let worker = server.worker_pids();
+    server.upgrade(&[]).exits_with(1).complains("exited with status 3");
+    for _ in 0..3 {
+        assert_eq!(ask(address, "/").answerer().generation, 1);
+    }
+    assert_eq!(server.worker_pids(), worker);
+    // The one that is started again has it so as well.
+    server.restart(&[]).exits_with(1);
+    server.wait_for_workers(1);
+    for _ in 0..3 {
+        assert_eq!(ask(address, "/").answerer().generation, 1);
+    }
+    assert_eq!(server.workers()[0].crashes, 0);
+}
