@@ -124,7 +124,13 @@ impl Home {
             .unwrap()
             .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
             .filter(|pid| {
-                let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+                let mut environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+                if environment.is_empty() {
+                    // Its main thread may have ended, and others live.
+                    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+                    environment =
+                        threads.flat_map(|one| fs::read(one.path().join("environ")).unwrap_or_default()).collect();
+                }
                 environment.split(|byte| *byte == 0).any(|variable| variable == wanted)
             })
             .collect();
