@@ -365,18 +365,28 @@ step_hangs() {
     gained=0
 }
 
-# strike: a new process is stopped at a random moment. Sets $struck, and fails if that has accepted already, or may be
-# one of the serving ones soon.
+# strike: a new process is stopped at a random moment. Sets $struck, and fails with 1 if that has accepted already, or may be
+# one of the serving ones soon; with 2 if it has been given up before.
 strike() {
     local spawned
     ask_and_go_on spawned --ready-timeout 3s --trial 2s
     spawned=$(field pid "$(grep -m 1 '"spawned"' "$scratch/answer.json")")
     pause 0 "$1"
     struck=$(seen_from_here "$spawned")
-    [[ -n $struck ]] || wrong "there is no new process $spawned"
-    kill -STOP "$struck" || wrong "the new process $struck has gone"
+    if [[ -z $struck ]] || ! kill -STOP "$struck" 2>/dev/null; then
+        came_late || wrong "the new process $spawned has gone"
+        return 2
+    fi
     until_true 10 "$service, step $step (seed $seed): SIGSTOP does not stop it" is_stopped "$struck"
     ! grep -q '"healthy"' "$scratch/answer.json" && ! has_connections "$struck"
+}
+
+# On a machine that stands still the time to be ready is over before the script has come to do anything.
+came_late() {
+    local since_us=$((${EPOCHREALTIME/./} - asked_at))
+    wait_for_answer
+    gained=0
+    ((since_us > 3000000 && code == 1)) && grep -q 'not ready' "$scratch/answer.json"
 }
 
 is_stopped() {
@@ -399,19 +409,20 @@ spare() {
     local since_us=$((${EPOCHREALTIME/./} - asked_at))
     wait_for_answer
     # On a machine so busy that the trial, of two seconds, was over before this it has been given up, and rightly, with all that
-    # it had accepted.
-    if ((since_us > 2000000 && code == 1)) && grep -q 'stands still' "$scratch/answer.json"; then
+    # it had accepted; or its time to be ready was, of three.
+    if ((since_us > 2000000 && code == 1)) && grep -q 'stands still\|not ready' "$scratch/answer.json"; then
         gained=0 may_lose=1
         return
     fi
     wants 0
 }
 
+not_struck() {
+    (($1 == 2)) || spare
+}
+
 step_killed() {
-    if ! strike 60; then
-        spare
-        return
-    fi
+    strike 60 || { not_struck $? && return; }
     # On a busy machine it has stood still long enough to have been killed for that.
     kill -KILL "$struck" 2>/dev/null || true
     wait_for_answer
@@ -420,10 +431,7 @@ step_killed() {
 }
 
 step_stopped() {
-    if ! strike 60; then
-        spare
-        return
-    fi
+    strike 60 || { not_struck $? && return; }
     wait_for_answer
     # A supervisor has seen it wait, and knows of nothing else that a program could show.
     if is_supervised && ((code == 0)); then
@@ -436,8 +444,9 @@ step_stopped() {
 }
 
 step_paused() {
-    strike 60 || true
-    spare
+    local why=0
+    strike 60 || why=$?
+    ((why == 2)) || spare
     step=${step%+}
 }
 
