@@ -31,9 +31,14 @@ def cookies_of(pid: int) -> List[int]:
     found = []
     process = os.pidfd_open(pid)
     for number in os.listdir(f"/proc/{pid}/fd"):
-        if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
-            continue
+        try:
+            if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
+                continue
+        except FileNotFoundError:
+            continue  # A connection that has just been closed.
         fd = ctypes.CDLL(None, use_errno=True).syscall(SYS_PIDFD_GETFD, process, int(number), 0)
+        if fd < 0:
+            continue
         with socket.socket(fileno=fd) as copy:
             if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 found.append(int.from_bytes(copy.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder))
