@@ -14,7 +14,7 @@ import unittest
 from typing import Any, Dict, List, Optional, Tuple
 
 from balancers import HAPROXY_PORT, NGINX_PORT, Haproxy, Nginx
-from base import BALANCER, BIN, LAB, PATIENCE_SECONDS, PORT, run, write
+from base import BALANCER, BIN, LAB, PATIENCE_SECONDS, PORT, run, wait_for, write
 from machine import HANDOVER, HERE, Machine, network
 
 BOOKS = os.path.abspath("scripts/ansible")
@@ -174,6 +174,18 @@ class Case(unittest.TestCase):
         load = Load(self.fleet, **options)
         self.addCleanup(load.kill)
         return load
+
+    def settle(self) -> None:
+        """A connection that a balancer keeps to a machine which was away may have ended there unheard, and fails once."""
+        wait_for("HAProxy takes all machines for up", lambda: set(self.fleet.haproxy.states()) == {"UP"})
+
+        def is_clean() -> bool:
+            load = self.load()
+            time.sleep(2)
+            reports, _ = load.end()
+            return not any(report["failed"] for report in reports.values())
+
+        wait_for("no request is lost any more", is_clean, 60)
 
     def nothing_lost(self, load: Load) -> None:
         """Neither by the clients' count nor by the balancers', which have not even had to try again."""

@@ -53,6 +53,7 @@ class OneByOne(Case):
         self.assertIn("cannot be reached any more", played.text)
         self.assertEqual(sorted(played.counts), ["web1"], played.text)
         self.all_are_back()
+        self.settle()
 
     def test_a_machine_that_its_balancer_takes_for_down_is_put_back_too(self) -> None:
         machine = self.fleet.machines[0]

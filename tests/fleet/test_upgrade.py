@@ -79,6 +79,7 @@ class Upgrade(Case):
         finally:
             self.fleet.machines[2].connect(True)
         self.assertNotEqual(played.code, 0, played.text)
+        self.settle()
         self.assertEqual(played.counts["web3"]["unreachable"], 1, played.text)
         self.assertEqual((self.fleet.releases(), self.fleet.links(), self.fleet.generations()), before)
 
@@ -92,6 +93,7 @@ class Upgrade(Case):
             played = self.fleet.play("rollout", release=release, serial="[1,2,1]", health=f"'{health}'")
         finally:
             dies.inside("ip", "link", "set", "eth0", "up")
+        self.settle()
         self.assertNotEqual(played.code, 0, played.text)
         self.assertEqual(played.counts[dies.name]["failed"], 1, played.text)
         self.assertIn("cannot be reached any more", played.text)
