@@ -28,7 +28,7 @@ pub(crate) fn from_environment() -> Vec<Inherited> {
     }
     let text = |variable| env::var(variable).unwrap_or_default();
     let (count, names) = (text("LISTEN_FDS"), text("LISTEN_FDNAMES"));
-    let mut found = Vec::new();
+    let (mut found, mut lost) = (Vec::new(), Vec::new());
     for (number, name) in named_fds(&count, &names) {
         let Some(fd) = sys::fd_from_environment(number) else {
             log::warn!("LISTEN_FDS={count}, but fd {number} is not open");
@@ -42,14 +42,15 @@ pub(crate) fn from_environment() -> Vec<Inherited> {
         match inherited {
             Ok(Some(inherited)) if inherited.has_lost_its_path() => {
                 log::warn!("no client finds `{name}` any more: {} is gone, so it is bound anew", inherited.address);
-                // The service manager is not to bring it again.
-                systemd::forget_stored(&[&inherited.name]);
+                lost.push(inherited.name);
             }
             Ok(Some(inherited)) => found.push(inherited),
             Ok(None) => log::warn!("`{name}` of LISTEN_FDS is not of a kind that handover serves: ignored"),
             Err(error) => log::warn!("`{name}` of LISTEN_FDS is ignored: {error}"),
         }
     }
+    // The service manager is not to bring them again. Told together: it may not listen, and is waited for.
+    systemd::forget_stored(&lost.iter().map(String::as_str).collect::<Vec<_>>());
     found
 }
 
