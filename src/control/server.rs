@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+#[cfg(feature = "cli")]
+use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -32,8 +34,9 @@ pub(crate) type ClientId = u64;
 
 #[cfg_attr(feature = "cli", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct Server {
-    #[cfg_attr(feature = "cli", serde(with = "crate::saved::fd"))]
-    listener: UnixListener,
+    /// None: nobody is let in, and all that there is to talk to are clients of another process.
+    #[cfg_attr(feature = "cli", serde(with = "crate::saved::fd::option"))]
+    listener: Option<UnixListener>,
     #[cfg_attr(feature = "cli", serde(with = "crate::saved::path"))]
     path: PathBuf,
     inode: u64,
@@ -94,15 +97,29 @@ impl Server {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let inode = fs::symlink_metadata(&path).map_err(failed)?.ino();
-        let mut server =
-            Self { listener, path, inode, clients: BTreeMap::new(), next_id: 0, reserve: None, paused_until: None };
+        let mut server = Self { listener: Some(listener), path, inode, ..Self::for_adopted() };
         server.keep_reserve();
         Ok(server)
     }
 
+    /// For clients that another process has let in.
+    pub(crate) fn for_adopted() -> Self {
+        Self {
+            listener: None,
+            path: PathBuf::new(),
+            inode: 0,
+            clients: BTreeMap::new(),
+            next_id: 0,
+            reserve: None,
+            paused_until: None,
+        }
+    }
+
     /// Removes what process `pid` of this service has left behind, if nobody answers there.
     pub(crate) fn remove_stale(&self, pid: Pid) {
-        remove_unless_answered(&self.path.with_file_name(format!("{pid}.sock")));
+        if self.listener.is_some() {
+            remove_unless_answered(&self.path.with_file_name(format!("{pid}.sock")));
+        }
     }
 
     /// Removes the socket's path if it is still ours, so that nobody asks a process that has nothing to say any more.
@@ -113,18 +130,19 @@ impl Server {
     }
 
     pub(crate) fn listener_poll(&self) -> Option<PollFd<'_>> {
-        self.paused_until.is_none().then(|| PollFd::new(self.listener.as_fd(), PollFlags::POLLIN))
+        let listener = self.listener.as_ref().filter(|_| self.paused_until.is_none())?;
+        Some(PollFd::new(listener.as_fd(), PollFlags::POLLIN))
     }
 
     /// What it listens and talks on.
     #[cfg(feature = "cli")]
     pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(self.listener.as_fd()).chain(self.clients.values().map(|client| client.stream.as_fd()))
+        self.listener.iter().map(AsFd::as_fd).chain(self.clients.values().map(|client| client.stream.as_fd()))
     }
 
     fn keep_reserve(&mut self) {
         if self.reserve.is_none() {
-            self.reserve = self.listener.as_fd().try_clone_to_owned().ok();
+            self.reserve = self.listener.as_ref().and_then(|listener| listener.as_fd().try_clone_to_owned().ok());
         }
     }
 
@@ -151,7 +169,8 @@ impl Server {
     pub(crate) fn accept(&mut self) {
         // Bounded, so that a flood of connects cannot keep the engine here.
         for _ in 0..CLIENTS_MAX {
-            let stream = match self.listener.accept() {
+            let Some(accepted) = self.listener.as_ref().map(UnixListener::accept) else { return };
+            let stream = match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if is_out_of_fds(&error) && self.reserve.take().is_some() => continue,
@@ -376,29 +395,15 @@ fn is_out_of_fds(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
-impl AsFd for Server {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
-    }
-}
-
 /// Whatever a client writes, in whatever pieces: it has asked once or not at all, or is told that nobody understands it.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(bytes: &[u8]) {
     let (pieces, whole) = crate::fuzz::in_pieces(bytes);
-    let (Ok((mut client, ours)), Ok((unused, _))) = (UnixStream::pair(), UnixStream::pair()) else { return };
+    let Ok((mut client, ours)) = UnixStream::pair() else { return };
     if ours.set_nonblocking(true).is_err() || client.set_nonblocking(true).is_err() {
         return;
     }
-    let mut server = Server {
-        listener: OwnedFd::from(unused).into(),
-        path: PathBuf::new(),
-        inode: 0,
-        clients: BTreeMap::new(),
-        next_id: 0,
-        reserve: None,
-        paused_until: None,
-    };
+    let mut server = Server::for_adopted();
     let id = server.admit(ours, Pid::this());
     let mut asked = vec![];
     for piece in pieces {

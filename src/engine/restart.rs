@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use super::attempt::milliseconds_since;
 use super::{Engine, after, server_finish};
 use crate::control::messages::{Event as Said, Outcome, ResultEvent, StageEvent, StageName};
-use crate::control::server::ClientId;
+use crate::control::server::{ClientId, Server};
 use crate::inherit::restart::Restart;
 use crate::protocol::{Claims, OfferedRestart};
 use crate::shared::monotonic_us;
@@ -118,7 +118,8 @@ impl Engine {
     /// The old process has ended.
     pub(super) fn continue_restart(&mut self, restart: Restart) {
         let Restart { asker, begun, ready_timeout, old_pid, killed, .. } = restart;
-        let asker = asker.and_then(|asker| self.server.as_mut()?.adopt(asker));
+        // Also where nobody can ask this process anything.
+        let asker = asker.and_then(|asker| self.server.get_or_insert_with(Server::for_adopted).adopt(asker));
         self.clean_up_after(Pid::from_raw(old_pid));
         self.restarted = Some(Restarted { asker, begun, ready_timeout, old_pid, killed, starting: None });
         let reason = killed.then(|| format!("process {old_pid} was killed: it did not exit"));

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::client::{Asked, ask, ask_unix};
 use crate::command::Running;
-use crate::home::Home;
+use crate::home::{Home, fixture};
 use crate::oracle::Outcome;
 use crate::server::{Server, has_ended};
 use crate::wait::{LONG, eventually, eventually_equal};
@@ -219,6 +219,21 @@ fn a_new_build_whose_control_directory_is_wrong_changes_nothing() {
     run.complains("others may write to it (mode 0777)").complains("serves on");
     assert_eq!(server.generation(), 1);
     server.restart(&[]).exits_with(0);
+}
+
+/// It answers whoever has asked the old one, and nobody else.
+#[test]
+fn a_new_build_without_a_control_socket_tells_how_it_ended() {
+    let server = locked(&[]);
+    let (address, old) = (server.address(), server.pid());
+    let script = format!("#!/bin/sh\nexec {} \"$@\" --control none\n", fixture().display());
+    let build = server.home.script("without", &script);
+    let run = server.restart(&["--json", "--exe", build.to_str().unwrap()]).exits_with(0);
+    let result = run.last_json();
+    assert_eq!((&result["result"], &result["generation"]), (&"restarted".into(), &2.into()));
+    assert_eq!(ask(address, "/").answerer().generation, 2);
+    server.wait_for_end(old);
+    assert_eq!(server.home.sockets(), Vec::<String>::new());
 }
 
 /// Its threads hang: the operator's case at three in the morning.
