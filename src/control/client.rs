@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::ANSWER_BYTES_MAX;
-use super::find::{Target, service_of, state_of};
+use super::find::{Target, other_pid_namespace, pid_here, service_of, state_of};
 use super::messages::{
     AcceptedEvent, Event, Outcome, Request, ResultEvent, StageEvent, StageName, State, Status, UpgradeRequest, Wait,
 };
@@ -47,6 +47,8 @@ pub struct Client {
     pid: Pid,
     /// Of the process that answers: its end is seen even if its pid is reused.
     process: Option<OwnedFd>,
+    /// Where what it says of pids has another meaning than here. It is asked for while it lives.
+    pid_namespace: Option<u64>,
     /// It has taken the request, and will do it even if nobody waits.
     accepted: bool,
     /// It stays when what it runs is replaced.
@@ -110,6 +112,7 @@ impl Client {
             target: target.clone(),
             pid,
             process,
+            pid_namespace: other_pid_namespace(pid.as_raw()),
             accepted: false,
             supervises: false,
             patience: SILENCE_MAX,
@@ -309,6 +312,9 @@ impl Client {
         let Some(new) = new_pid else {
             return nothing(format!("process {old} died, and no new process had been started"));
         };
+        let Some(new) = self.pid_namespace.map_or(Some(new), |namespace| pid_here(namespace, new)) else {
+            return nothing(format!("process {old} died, and so did the new process"));
+        };
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let status = Client::connect(&Target::Pid(new)).and_then(Client::status);
@@ -457,6 +463,7 @@ pub(crate) fn fuzz(bytes: &[u8]) {
             target: Target::Pid(1),
             pid: Pid::from_raw(1),
             process: None,
+            pid_namespace: None,
             accepted: false,
             supervises: false,
             patience: SILENCE_MAX,

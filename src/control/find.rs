@@ -140,6 +140,25 @@ fn state_in(stat: &str) -> Option<char> {
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
+/// The pid namespace of a process, if that is not ours.
+pub(super) fn other_pid_namespace(pid: i32) -> Option<u64> {
+    let theirs = pid_namespace(pid)?;
+    (pid_namespace(std::process::id().cast_signed()) != Some(theirs)).then_some(theirs)
+}
+
+fn pid_namespace(pid: i32) -> Option<u64> {
+    fs::metadata(format!("/proc/{pid}/ns/pid")).ok().map(|namespace| namespace.ino())
+}
+
+/// What this process calls the one that is called `pid` in that namespace.
+pub(super) fn pid_here(namespace: u64, pid: i32) -> Option<i32> {
+    let mut all = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    all.find(|here: &i32| {
+        let status = fs::read_to_string(format!("/proc/{here}/status")).unwrap_or_default();
+        innermost_pid(&status) == Some(pid) && pid_namespace(*here) == Some(namespace)
+    })
+}
+
 /// The pid that a process has in its own namespace: the last field of `NSpid`.
 fn innermost_pid(status: &str) -> Option<i32> {
     let line = status.lines().find(|line| line.starts_with("NSpid:"))?;

@@ -3,6 +3,8 @@
 use std::process::Child;
 
 use handover::control::{Service, services};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::command::{Run, Running};
 use crate::home::{HANDOVER, Home, fixture};
@@ -25,6 +27,13 @@ impl Contained {
         Self { unshare: command.spawn().unwrap(), home }
     }
 
+    /// In another pid namespace, whose process 1 is a shell that stays: its end is the end of all.
+    fn below_init(name: &str) -> Self {
+        let serves = format!("{} --unix http=@it-{name}-{} --trial 100ms", fixture().display(), std::process::id());
+        let script = format!("mount -t tmpfs none /run; {serves} & wait; sleep 60; ");
+        Self::start(&["-p", "-f", "-m", "--mount-proc"], &script)
+    }
+
     /// The serving one, as it is seen from here.
     fn service(&self, generation: u64) -> Service {
         eventually(&format!("generation {generation}"), || {
@@ -40,16 +49,20 @@ impl Contained {
     }
 
     fn handover(&self, arguments: &[&str]) -> Run {
+        self.begin(arguments).finish()
+    }
+
+    fn begin(&self, arguments: &[&str]) -> Running {
         let mut command = std::process::Command::new(HANDOVER);
         command.args(arguments);
-        Running::start(command).finish()
+        Running::start(command)
     }
 }
 
 impl Drop for Contained {
     fn drop(&mut self) {
         for pid in self.home.processes() {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
         let _ = self.unshare.wait();
     }
@@ -106,14 +119,24 @@ fn check_looks_where_the_process_looks() {
 #[test]
 fn in_another_pid_namespace() {
     if is_root_or_skip("a process in another pid namespace") {
-        // A shell that stays, for the end of process 1 is the end of all.
-        let keep = format!(
-            "mount -t tmpfs none /run; {} --unix http=@it-{} --trial 100ms & wait; ",
-            fixture().display(),
-            std::process::id()
-        );
-        let unshare = ["-p", "-f", "-m", "--mount-proc"];
-        is_upgraded(&Contained::start(&unshare, &(keep + "sleep 60; ")), true);
+        is_upgraded(&Contained::below_init("upgraded"), true);
+    }
+}
+
+/// It is known from the old one, by the number that it has there.
+#[test]
+fn when_the_old_process_dies_the_new_one_is_found_in_another_pid_namespace() {
+    if is_root_or_skip("a process in another pid namespace") {
+        let contained = Contained::below_init("dies");
+        let first = contained.service(1);
+        let hold = contained.home.fifo("hold");
+        let pid = first.pid.to_string();
+        let upgrade = contained.begin(&["upgrade", "--pid", &pid, "--env", &hold.fault("hold-before-ready")]);
+        let held = hold.reached();
+        kill(Pid::from_raw(first.pid), Signal::SIGKILL).unwrap();
+        held.let_go();
+        let run = upgrade.finish().exits_with(0);
+        run.says(&format!("process {} has taken over", contained.service(2).pid));
     }
 }
 
