@@ -32,9 +32,10 @@ const FORGET_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Where a socket is bound.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "cli", derive(Serialize, serde::Deserialize))]
 pub(crate) enum Address {
     Ip(SocketAddr),
-    Path(PathBuf),
+    Path(#[cfg_attr(feature = "cli", serde(with = "crate::saved::path"))] PathBuf),
     Abstract(Vec<u8>),
 }
 

@@ -90,13 +90,17 @@ impl Sockets {
     }
 
     /// What was saved, as it is: nothing is bound, and the mode of a socket is the program's affair.
-    pub(super) fn resume(saved: Vec<SavedSocket>, kept: Vec<SavedKept>) -> io::Result<Self> {
+    pub(super) fn resume(saved: Vec<SavedSocket>, kept: Vec<SavedKept>, closed: Vec<Address>) -> io::Result<Self> {
         let gate = Gate::new(|| {})?;
         gate.open();
         let inherited = saved.into_iter().map(SavedSocket::take).collect::<io::Result<_>>()?;
         let listeners = Listeners::resumed(inherited, &gate);
         let kept = Kept::resume(kept)?;
-        Ok(Self { listeners, gate, kept, paths: vec![], closed: vec![], blocking: HashSet::new() })
+        Ok(Self { listeners, gate, kept, paths: vec![], closed, blocking: HashSet::new() })
+    }
+
+    pub(super) fn closed(&self) -> &[Address] {
+        &self.closed
     }
 
     pub(super) fn is_empty(&self) -> bool {

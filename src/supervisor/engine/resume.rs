@@ -26,6 +26,7 @@ use crate::control::server::Server;
 use crate::engine::SignalPipe;
 use crate::error::{Error, ErrorKind};
 use crate::fault;
+use crate::listeners::Address;
 use crate::pid_file::PidFile;
 use crate::state::HandedState;
 use crate::supervisor::build::{Build, Recipe};
@@ -56,6 +57,7 @@ struct Saved<'a> {
     sockets: Vec<SavedSocket>,
     kept: Vec<SavedKept>,
     of_any_port: &'a [u64],
+    closed: &'a [Address],
     workers: &'a BTreeMap<WorkerId, Worker>,
     leftovers: &'a [Output],
     survivors: &'a BTreeMap<WorkerId, Interception>,
@@ -81,6 +83,8 @@ struct Resumed {
     kept: Vec<SavedKept>,
     #[serde(default)]
     of_any_port: Vec<u64>,
+    #[serde(default)]
+    closed: Vec<Address>,
     workers: BTreeMap<WorkerId, Worker>,
     leftovers: Vec<Output>,
     #[serde(default)]
@@ -109,6 +113,7 @@ impl Supervisor {
             sockets: self.sockets.saved(),
             kept: self.sockets.kept.saved(),
             of_any_port: self.sockets.kept.of_any_port(),
+            closed: self.sockets.closed(),
             workers: &self.workers,
             leftovers: &self.leftovers,
             survivors: &self.survivors,
@@ -149,7 +154,7 @@ impl Supervisor {
         resumed.own.signal_mask.thread_set_mask().map_err(|error| failed(error.into()))?;
         let mut supervisor = Self::assemble(Parts {
             pid_file: resumed.options.pid_file.as_deref().map(PidFile::new),
-            sockets: Sockets::resume(resumed.sockets, resumed.kept).map_err(failed)?,
+            sockets: Sockets::resume(resumed.sockets, resumed.kept, resumed.closed).map_err(failed)?,
             options: resumed.options,
             own: resumed.own,
             machine: resumed.machine,
@@ -254,7 +259,7 @@ pub fn rehearse(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCod
     let begun = Instant::now();
     fault::reached("rehearsal", None);
     let reason = read(state).and_then(|resumed| {
-        Sockets::resume(resumed.sockets, resumed.kept)
+        Sockets::resume(resumed.sockets, resumed.kept, resumed.closed)
             .map(drop)
             .map_err(|error| format!("a listener cannot be used: {error}"))
     });

@@ -313,10 +313,29 @@ while True:
     assert_eq!(server.sockets().len(), 1);
 }
 
+/// They are not forgotten by a supervisor that is replaced meanwhile.
+#[test]
+fn what_is_cut_at_an_address_that_was_closed_before_the_supervisor_was_replaced_is_counted() {
+    // Connections are told apart by their ports.
+    let (kept, dropped) = (own_address(), awkward::next_to(own_address()));
+    let server = exec(&[], &["epoll", &kept.to_string(), &dropped.to_string()]);
+    let slow = ask(dropped, "/slow/600");
+    eventually("the request in flight", || (server.serving().connections.open == 1).then_some(()));
+    let options = ["--ready-delay", "200ms", "--drain-timeout", "10min"];
+    server.upgrade(&[&options[..], &["--", "epoll", &kept.to_string()]].concat()).exits_with(0);
+    eventually("clients of the dropped address that are refused", || is_refused(dropped).then_some(()));
+    server.upgrade(&["--self"]).exits_with(0);
+    let pid = server.first_pid().to_string();
+    let run = server.handover(&["stop", "--pid", &pid, "--drain-timeout", "300ms"]).exits_with(5);
+    run.complains("; 1 connection was closed before it had ended");
+    drop(slow);
+}
+
 /// It is closed long before the old build has ended.
 #[test]
 fn what_is_cut_at_an_address_that_the_new_build_does_not_want_is_counted() {
-    let (kept, dropped) = (own_address(), own_address());
+    // Connections are told apart by their ports.
+    let (kept, dropped) = (own_address(), awkward::next_to(own_address()));
     let server = exec(&[], &["epoll", &kept.to_string(), &dropped.to_string()]);
     let slow = ask(dropped, "/slow/600");
     eventually("the request in flight", || (server.serving().connections.open == 1).then_some(()));
