@@ -23,6 +23,9 @@ use super::seen::Watched;
 
 /// What the kernel has not done after that time it has refused.
 const BIND_TIMEOUT: Duration = Duration::from_secs(1);
+/// Whoever binds the address of one that does not listen yet waits for that, because it may be a client's and connect next. After
+/// this time it is given it all the same.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two looks at one of which it is not known yet what it is for; the longer that is so, the less it matters.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(1);
@@ -75,7 +78,7 @@ enum Stage {
 /// What there is for a program that binds an address.
 pub(super) enum Found<'a> {
     Nothing,
-    /// Another worker is just binding it.
+    /// Another worker is just binding it, or about to listen on it.
     NotYet,
     Socket(&'a KeptSocket),
 }
@@ -120,6 +123,14 @@ impl KeptSocket {
         match (&self.address, self.identity) {
             (Address::Path(path), Some(identity)) => Some((path.clone(), identity)),
             _ => None,
+        }
+    }
+
+    fn may_be_given(&self) -> bool {
+        match self.stage {
+            Stage::Asked { .. } => false,
+            Stage::Bound => self.since.elapsed() > LISTEN_TIMEOUT,
+            Stage::Serving => true,
         }
     }
 
@@ -248,8 +259,8 @@ impl Kept {
     fn free<'a>(mut sockets: impl Iterator<Item = &'a KeptSocket>, is_held: impl Fn(u64) -> bool) -> Found<'a> {
         match sockets.find(|socket| !is_held(socket.inode)) {
             None => Found::Nothing,
-            Some(KeptSocket { stage: Stage::Asked { .. }, .. }) => Found::NotYet,
-            Some(socket) => Found::Socket(socket),
+            Some(socket) if socket.may_be_given() => Found::Socket(socket),
+            Some(_) => Found::NotYet,
         }
     }
 

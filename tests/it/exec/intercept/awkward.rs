@@ -115,6 +115,62 @@ fn a_process_outside_the_tree_of_the_program_is_given_nothing() {
     assert!(text.starts_with("Address already in use"), "{text}");
 }
 
+/// Of two workers the first binds before it connects, to an address that the second one binds meanwhile.
+const BINDS_AS_CLIENT: &str = r#"
+def at(name):
+    return f"{sys.argv[2]}/{name}"
+
+def tell(name, text):
+    with open(at(name) + ".new", "w") as file:
+        file.write(text)
+    os.rename(at(name) + ".new", at(name))
+
+def wait_for(name):
+    while not os.path.exists(at(name)):
+        time.sleep(0.001)
+    with open(at(name)) as file:
+        return file.read()
+
+def sleeps(pid):
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(") ")[2][0] == "S"
+
+listener, client = socket.create_server(address()), socket.socket()
+try:
+    os.close(os.open(at("first"), os.O_CREAT | os.O_EXCL))
+    client.bind(address(1))
+    tell("bound", "")
+    other = wait_for("binds")
+    while not os.path.exists(at("said")) and not sleeps(other):
+        time.sleep(0.001)
+    client.connect((address()[0], int(sys.argv[3])))
+except FileExistsError:
+    wait_for("bound")
+    tell("binds", str(os.getpid()))
+    try:
+        client.bind(address(1))
+        tell("said", "was given it")
+    except OSError as error:
+        tell("said", error.strerror)
+while True:
+    answer(listener)
+"#;
+
+#[test]
+fn a_socket_of_a_client_is_given_to_nobody() {
+    let home = Home::new();
+    let (address, directory) = (own_address(), home.path("").display().to_string());
+    let peer = std::net::TcpListener::bind((address.ip(), 0)).unwrap();
+    let port = peer.local_addr().unwrap().port().to_string();
+    let text = script(BINDS_AS_CLIENT);
+    let said = home.path("said");
+    let program = ["python3", "-c", &text, &address.to_string(), &directory, &port];
+    let server = exec_in(home, &["--workers", "2"], &program);
+    let text = eventually("what it has said", || fs::read_to_string(&said).ok());
+    assert!(text.starts_with("Address already in use"), "{text}");
+    assert_eq!(server.sockets().len(), 1);
+}
+
 #[track_caller]
 fn keeps_its_listeners(script: &str, count: usize) {
     let server = python(script, &[&own_address().to_string()]);
