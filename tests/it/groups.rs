@@ -101,7 +101,7 @@ fn memory_for_two_is_looked_for() {
     group.limit("memory", used + STATE_BYTES / 4);
     let run = check(&server).exits_with(0).says(&format!("the control group {}", group.directory.display()));
     let line = run.stdout.lines().find(|line| line.contains("the control group")).unwrap();
-    assert!(line.starts_with("warning  process ") && line.contains("a new one as large does not fit"), "{line}");
+    assert!(line.starts_with("warning  process ") && line.contains("a second one as large does not fit"), "{line}");
     assert!(line.contains("MemoryMax="), "{line}");
     group.limit("memory", 4 * (used + STATE_BYTES));
     let run = check(&server).exits_with(0);
@@ -122,7 +122,7 @@ fn of_a_supervisor_the_memory_of_what_it_runs_is_looked_at() {
     group.limit("memory", used + STATE_BYTES + STATE_BYTES / 2);
     let run = check(&server).exits_with(0);
     let line = run.stdout.lines().find(|line| line.contains("the control group")).unwrap();
-    assert!(line.starts_with("warning  process ") && line.contains("a new one as large does not fit"), "{line}");
+    assert!(line.starts_with("warning  process ") && line.contains("a second one as large does not fit"), "{line}");
     group.limit("memory", 4 * (used + STATE_BYTES));
     check(&server).exits_with(0).says("has room for a second copy");
 }

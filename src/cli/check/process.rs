@@ -262,7 +262,9 @@ fn judge_memory(private: u64, left: u64, place: &str, mend: &str, findings: &mut
     let (has, room) = (private.div_ceil(MIB), left / MIB);
     if private > left {
         findings.warning(
-            format!("{place} has room for {room} MiB, and the process has {has} MiB: a new one as large does not fit"),
+            format!(
+                "{place} has room for {room} MiB, and what serves has {has} MiB: a second one as large does not fit"
+            ),
             mend,
         );
     } else {
@@ -282,7 +284,7 @@ fn check_tasks(process: &Process, findings: &mut Findings) {
 fn judge_tasks(threads: u64, room: &cgroup::Room, findings: &mut Findings) {
     let group = room.group.display();
     let cause = format!(
-        "the control group {group} has room for {} more tasks (limit {}), and the process has {threads} threads",
+        "the control group {group} has room for {} more tasks (limit {}), and what serves has {threads} threads",
         room.left, room.limit
     );
     let mend = "a higher TasksMax= in the unit";
@@ -385,7 +387,7 @@ mod tests {
         let judge = |private, left| judged(|findings| judge_memory(private, left, "x", "y", findings)).remove(0);
         assert_eq!(judge(10 * MIB, 11 * MIB).0, Level::Ok);
         let (level, text) = judge(10 * MIB, 9 * MIB);
-        assert!(level == Level::Warning && text.contains("room for 9 MiB, and the process has 10 MiB"), "{text}");
+        assert!(level == Level::Warning && text.contains("room for 9 MiB, and what serves has 10 MiB"), "{text}");
     }
 
     #[test]
