@@ -101,7 +101,6 @@ class Nginx(Case):
         answer = self.play("drained", "echo no such process; exit 1")
         self.assertIn("no such process", answer["msg"])
         self.assertEqual(self.text(), before)
-        # So that it is not taken for done.
         self.assertTrue(self.play("drained", "exit 0")["changed"])
         self.assertIn("server 10.0.0.1:80 down;", self.text())
 
@@ -121,6 +120,14 @@ class Nginx(Case):
         self.assertIn("has not taken its configuration", answer["msg"])
         self.assertEqual((self.text(), self.reloads()), (before, 2))
 
+    def test_one_that_is_killed_before_the_reload_is_not_taken_for_done(self) -> None:
+        with self.assertRaises(AssertionError, msg="no answer"):
+            self.play("drained", "kill -9 $PPID")
+        self.assertIn("server 10.0.0.1:80 down;", self.text())
+        for changed in (True, False):
+            self.assertEqual(self.play("drained", "exit 0")["changed"], changed)
+        self.assertEqual(self.reloads(), 2)
+
     def test_a_link_to_the_file_stays_a_link(self) -> None:
         link = f"{self.directory}/enabled"
         os.symlink("upstream", link)
@@ -130,11 +137,14 @@ class Nginx(Case):
 
 
 class Haproxy(Case):
-    """A real one, whose servers nobody is: its health checks fail."""
+    """A real one, whose servers nobody is at first: its health checks fail."""
 
     def setUp(self) -> None:
         super().setUp()
         self.socket = f"{self.directory}/socket"
+        self.server = socket.socket()
+        self.addCleanup(self.server.close)
+        self.server.bind(("127.0.0.1", 0))
         configuration = self.file("configuration", f"""global
     stats socket {self.socket} level admin
 defaults
@@ -143,7 +153,7 @@ defaults
     timeout client 1s
     timeout server 1s
 backend app
-    server web1 127.0.0.1:1 check inter 50ms
+    server web1 127.0.0.1:{self.server.getsockname()[1]} check inter 50ms rise 40
     server web2 127.0.0.1:1 check inter 50ms disabled
 """)
         process = subprocess.Popen(["haproxy", "-db", "-f", configuration], stdout=subprocess.DEVNULL,
@@ -176,9 +186,19 @@ backend app
         for state, drained in (("drained", True), ("serving", False)):
             self.assertTrue(self.play(state, _ansible_check_mode=True)["changed"])
             self.assertEqual(self.is_drained(), not drained)
-            self.assertTrue(self.play(state)["changed"])
+            answer = self.play(state, timeout=1)
+            self.assertEqual((answer["changed"], answer.get("failed", False)), (True, not drained), answer)
             self.assertEqual((self.status(), self.is_drained()), ("DOWN", drained))
-            self.assertFalse(self.play(state)["changed"])
+            self.assertFalse(self.play(state, timeout=1)["changed"])
+        self.assertIn("HAProxy calls it down", answer["msg"])
+
+    def test_it_serves_when_haproxy_says_so(self) -> None:
+        wait_for("it is down", lambda: self.status() == "DOWN")
+        self.assertTrue(self.play("drained")["changed"])
+        self.server.listen(64)
+        # Its health checks take two seconds to say that it is up.
+        self.assertTrue(self.play("serving")["changed"])
+        self.assertEqual(self.status(), "UP")
 
     def test_a_server_in_maintenance_is_left_there(self) -> None:
         self.ask("set server app/web1 state maint")

@@ -46,7 +46,7 @@ class OneByOne(Case):
 
     def test_a_machine_that_dies_meanwhile_is_put_back_too(self) -> None:
         try:
-            played = self.fleet.play("one-by-one", work="'ip link set eth0 down'")
+            played = self.fleet.play("one-by-one", work="'ip link set eth0 down'", up_timeout="1")
         finally:
             self.fleet.machines[0].inside("ip", "link", "set", "eth0", "up")
         self.assertEqual(played.code, 2, played.text)
@@ -59,13 +59,24 @@ class OneByOne(Case):
         machine = self.fleet.machines[0]
         stop = f"systemctl kill --signal=KILL {machine.scope}; systemctl stop {machine.scope}; sleep 3"
         try:
-            played = self.fleet.play("one-by-one", "--limit", machine.name, work=f"'{stop}'", health="''")
+            played = self.fleet.play("one-by-one", "--limit", machine.name, work=f"'{stop}'", health="''", up_timeout="1")
             state = self.fleet.haproxy.states()[0]
         finally:
             machine.inside(f"{HERE}/files/hard-restart")
-        self.assertEqual(played.code, 0, played.text)
+        # Or the next one would be taken out while this one is not there.
+        self.assertEqual(played.code, 2, played.text)
+        self.assertIn("app/web1 is put back, but HAProxy calls it down", played.text)
         self.assertEqual(state, "DOWN")
         self.all_are_back()
+
+    def test_the_next_machine_is_left_alone_until_haproxy_calls_the_last_one_up(self) -> None:
+        # Down by the time that it comes back, when nothing else looks whether it serves.
+        away = f"ip link set eth0 down; sleep 3; ip link set eth0 up; {HERE}/files/hard-restart"
+        played = self.fleet.play("one-by-one", "--limit", "web1,web2", work=f"'{away}'", health="''")
+        self.assertEqual(played.code, 0, played.text)
+        self.assertEqual(sorted(played.counts), ["web1", "web2"], played.text)
+        self.assertNotIn("DOWN", "".join(self.fleet.haproxy.states()))
+        self.settle()
 
 
 if __name__ == "__main__":

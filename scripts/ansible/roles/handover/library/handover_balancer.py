@@ -16,7 +16,7 @@ options:
     choices: [nginx, haproxy]
     required: true
   state:
-    description: C(drained) returns when no connection to the server is left.
+    description: C(drained) returns when no connection to the server is left, C(serving) when HAProxy calls it up.
     type: str
     choices: [drained, serving]
     required: true
@@ -38,7 +38,7 @@ options:
     type: path
     default: /run/nginx.pid
   timeout:
-    description: For how many seconds the end of what is in flight is waited for.
+    description: For how many seconds that is waited for.
     type: int
     default: 60
 author: handover
@@ -77,6 +77,8 @@ ANSWER_BYTES_MAX = 4 << 20
 ESTABLISHED = "01"
 # Bits of HAProxy's `srv_admin_state`, for what `set server` has asked for.
 FORCED_MAINTENANCE, FORCED_DRAIN = 0x01, 0x08
+# Its `srv_op_state` of a server that is sent requests: it may be warming up (`slowstart`).
+UP = {"1", "2"}
 
 
 class Trouble(Exception):
@@ -89,6 +91,14 @@ class Nginx:
     def __init__(self, parameters):
         self.file, self.server, self.command = parameters["file"], parameters["server"], parameters["command"]
         self.pid_file, self.timeout = parameters["pid_file"], parameters["timeout"]
+        # A link, as in sites-enabled, stays one.
+        self.path = os.path.realpath(self.file)
+        # Is there from before the file is changed until nginx has taken it. Hidden, so that no `include` finds it.
+        self.mark = self.beside("not-reloaded")
+
+    def beside(self, name):
+        directory, file = os.path.split(self.path)
+        return os.path.join(directory, f".{file}.{name}")
 
     def set(self, drained, check_mode):
         with open(self.file, encoding="utf-8") as file:
@@ -98,9 +108,11 @@ class Nginx:
             raise Trouble(f"{self.file} has no `server {self.server}`")
         down = " down" if drained else ""
         after = line.sub(lambda found: f"{found[1]}{re.sub(r'[ ]+down(?![^ ])', '', found[2])}{down};", before)
-        if after == before:
+        if after == before and not os.path.exists(self.mark):
             return False
         if not check_mode:
+            with open(self.mark, "w", encoding="ascii"):
+                pass
             self.write(after)
             try:
                 self.run("-t")
@@ -110,12 +122,12 @@ class Nginx:
             try:
                 self.reload()
             except Trouble:
-                # Else the next one would find the file right, and take it for done.
                 self.write(before)
                 # It may have been late only.
                 with contextlib.suppress(Trouble):
                     self.run("-s", "reload")
                 raise
+            os.remove(self.mark)
         return True
 
     def reload(self):
@@ -144,13 +156,11 @@ class Nginx:
             raise Trouble(f"cannot find nginx by {self.pid_file}: {error.strerror} (is it running?)") from error
 
     def write(self, text):
-        # A link, as in sites-enabled, stays one.
-        path = os.path.realpath(self.file)
-        beside = f"{path}.{os.getpid()}"
-        with open(beside, "w", encoding="utf-8") as file:
+        new = self.beside(os.getpid())
+        with open(new, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(beside, os.stat(path).st_mode & 0o7777)
-        os.replace(beside, path)
+        os.chmod(new, os.stat(self.path).st_mode & 0o7777)
+        os.replace(new, self.path)
 
     def run(self, *options):
         try:
@@ -166,6 +176,10 @@ class Nginx:
         address, _, port = self.server.rpartition(":")
         own = {inode for child in self.children() for inode in sockets_of(child)}
         return len(own.intersection(connections_to(address.strip("[]"), int(port))))
+
+    def is_up(self):
+        """It finds out by sending requests."""
+        return True
 
 
 class Haproxy:
@@ -190,12 +204,18 @@ class Haproxy:
     def in_flight(self):
         return int(self.row()["scur"]) + int(self.row()["qcur"])
 
+    def is_up(self):
+        return self.state()["srv_op_state"] in UP
+
     def forced(self):
         """What it was told to do with the server. The status does not show a drain while the server is down."""
+        return int(self.state()["srv_admin_state"])
+
+    def state(self):
         backend = self.server.partition("/")[0]
         # The first line is the version of the format.
         lines = [line.lstrip("# ") for line in self.ask(f"show servers state {backend}").splitlines()[1:]]
-        return int(self.own(csv.DictReader(lines, delimiter=" "), "be_name", "srv_name")["srv_admin_state"])
+        return self.own(csv.DictReader(lines, delimiter=" "), "be_name", "srv_name")
 
     def row(self):
         return self.own(csv.DictReader(self.ask("show stat").lstrip("# ").splitlines()), "pxname", "svname")
@@ -253,15 +273,23 @@ def connections_to(address, port):
                 yield f"socket:[{fields[9]}]"
 
 
-def wait_until_empty(balancer, seconds):
+def lack(balancer, drained):
+    """What it still lacks of that state; empty if nothing."""
+    if drained:
+        left = balancer.in_flight()
+        return f"{left} requests or connections to {balancer.server} are still open" if left else ""
+    return "" if balancer.is_up() else f"{balancer.server} is put back, but HAProxy calls it down: its check fails"
+
+
+def wait(balancer, drained, seconds):
     begun = time.monotonic()
     while True:
-        left = balancer.in_flight()
+        lacks = lack(balancer, drained)
         waited = time.monotonic() - begun
-        if left == 0:
+        if not lacks:
             return waited
         if waited > seconds:
-            raise Trouble(f"{left} requests or connections to {balancer.server} are still open after {seconds} s")
+            raise Trouble(f"{lacks} (looked for {seconds} s)")
         time.sleep(PAUSE_SECONDS)
 
 
@@ -280,11 +308,13 @@ def main():
     )
     balancer = {"nginx": Nginx, "haproxy": Haproxy}[module.params["kind"]](module.params)
     drained = module.params["state"] == "drained"
+    changed, waited = False, 0.0
     try:
         changed = balancer.set(drained, module.check_mode)
-        waited = wait_until_empty(balancer, module.params["timeout"]) if drained and not module.check_mode else 0.0
+        if not module.check_mode:
+            waited = wait(balancer, drained, module.params["timeout"])
     except (Trouble, OSError) as trouble:
-        module.fail_json(msg=str(trouble))
+        module.fail_json(msg=str(trouble), changed=changed)
     module.exit_json(changed=changed, waited=round(waited, 3))
 
 
