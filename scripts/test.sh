@@ -119,6 +119,21 @@ with_what_is_built() {
     HANDOVER_BUILT="$(target_directory)/debug" "$@"
 }
 
+# in_two DIRECTORY MODULES MODULES: tests in Python. Two at a time: they wait most of the time, for programs that start or drain.
+in_two() {
+    local log first result=0
+    log=$(mktemp "${TMPDIR:-/tmp}/handover-tests.XXXXXX")
+    # shellcheck disable=SC2086
+    (cd "$1" && exec python3 -m unittest --verbose $2) >"$log" 2>&1 &
+    first=$!
+    # shellcheck disable=SC2086
+    (cd "$1" && exec python3 -m unittest --verbose $3) || result=1
+    wait "$first" || result=1
+    cat "$log"
+    rm -f "$log"
+    return "$result"
+}
+
 run() {
     case $1 in
         shell)
@@ -143,23 +158,16 @@ run() {
         compat) scripts/compat.sh ;;
         python)
             cargo build --all-features --examples --bins
-            python3 -m unittest discover tests/python
+            in_two tests/python test_interop test_protocol
             ;;
         programs)
             cargo build --all-features --examples --bins
             get_programs
             HANDOVER_BIN=$(target_directory)/debug
             export PYTHONDONTWRITEBYTECODE=1 HANDOVER_PROGRAMS=$programs HANDOVER_BIN
-            # Two at a time: they wait most of the time, for programs that start or drain.
-            local binding others result=0
-            (cd tests/programs && python3 -m unittest --verbose test_any test_redis test_take_over) >"$programs/binding.log" 2>&1 &
-            binding=$!
-            others=$(cd tests/programs && printf '%s\n' test_*.py | sed 's/\.py$//' | grep -v '^test_\(any\|redis\|take_over\)$')
-            # shellcheck disable=SC2086
-            (cd tests/programs && python3 -m unittest --verbose $others) || result=1
-            wait "$binding" || result=1
-            cat "$programs/binding.log"
-            return "$result"
+            local binding='test_any test_redis test_take_over' others
+            others=$(cd tests/programs && printf '%s\n' test_*.py | sed 's/\.py$//' | grep -vxF "${binding// /$'\n'}")
+            in_two tests/programs "$binding" "$others"
             ;;
         systemd) scripts/systemd-test.sh ;;
         fleet) scripts/fleet-test.sh ;;
