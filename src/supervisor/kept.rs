@@ -129,7 +129,8 @@ impl KeptSocket {
     fn may_be_given(&self) -> bool {
         match self.stage {
             Stage::Asked { .. } => false,
-            Stage::Bound => self.since.elapsed() > LISTEN_TIMEOUT,
+            // One whose port the kernel chose is known by the call of `listen`.
+            Stage::Bound => self.any_port || self.since.elapsed() > LISTEN_TIMEOUT,
             Stage::Serving => true,
         }
     }
@@ -534,4 +535,33 @@ pub(super) fn carry_options_over(from: BorrowedFd<'_>, to: BorrowedFd<'_>, addre
         different.push("SO_REUSEPORT");
     }
     different
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use socket2::{Domain, SockAddr, Socket, Type};
+
+    fn bound() -> (OwnedFd, Address) {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&SockAddr::from(std::net::SocketAddr::from(([127, 0, 0, 1], 0)))).unwrap();
+        let address = Address::of(socket.as_fd()).unwrap();
+        (socket.into(), address)
+    }
+
+    /// Workers that are started together, and whose calls come one right after the other.
+    #[test]
+    fn what_a_program_is_about_to_listen_on_is_shared_and_what_it_has_only_bound_is_waited_for() {
+        let nobody_has_it = |_| false;
+        let (fd, address) = bound();
+        let mut kept = Kept::default();
+        kept.expect_to_listen(fd, address.clone(), true).unwrap();
+        assert!(matches!(kept.find_any_port(Kind::Tcp, &address, nobody_has_it), Found::Socket(_)));
+        let (fd, address) = bound();
+        let client = Socket::from(fd.try_clone().unwrap());
+        kept.expect(fd, address.clone()).unwrap();
+        assert!(matches!(kept.find(Kind::Tcp, &address, nobody_has_it), Found::NotYet));
+        client.listen(1).unwrap();
+        assert!(matches!(kept.find(Kind::Tcp, &address, nobody_has_it), Found::Socket(_)));
+    }
 }
