@@ -106,6 +106,7 @@ class Nginx(Case):
 
         answer = self.play("serving", "exit 1")
         self.assertTrue(answer.get("failed"), answer)
+        self.assertRegex(answer["msg"], "nginx -s reload: exit 1$")
         self.assertTrue(self.play("serving", "exit 0")["changed"])
         self.assertEqual(self.text(), before)
 

@@ -169,7 +169,8 @@ class Nginx:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Trouble(f"cannot run {self.command[0]}: {error}") from error
         if done.returncode != 0:
-            raise Trouble(f"{' '.join([*self.command, *options])}: {done.stdout.strip()}")
+            why = done.stdout.strip() or f"exit {done.returncode}"
+            raise Trouble(f"{' '.join([*self.command, *options])}: {why}")
 
     def in_flight(self):
         """Workers of before the reload finish what they have; only the kernel knows with which server."""
